@@ -1,0 +1,115 @@
+# Attention in C, step by step. `make` alone lists what there is to type.
+#
+#   BUILD=dir     where everything built goes            CC=clang     another compiler
+#   SETUP=no      install nothing, look only             SANITIZE=yes AddressSanitizer and UBSan
+#   ARCH=flags    the processor built for (default: this one)
+
+CHAPTERS := 01_self_attention 02_causal_attention 03_multihead_wrapper 04_packed_qkv 05_einsum_style \
+            06_online_softmax 07_flash_tiled 08_gqa 09_block_sparse
+BUILD    ?= build
+SETUP    ?= yes
+SANITIZE ?= no
+export BUILD SETUP
+
+ARCH     ?= $(if $(filter arm64 aarch64,$(shell uname -m)),-mcpu=native,-march=native)
+OPTIMISE ?= -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast
+WARN     := -Wall -Wextra -Wshadow -Wstrict-prototypes $(if $(CI),-Werror)
+ifeq ($(SANITIZE),yes)
+OPTIMISE := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+endif
+
+.PHONY: help
+help:
+
+# What this machine has: a few lines of make, found once by looking (common/probe.sh) and again after `make clean`.
+ifeq ($(filter clean setup format,$(MAKECMDGOALS)),)
+-include $(BUILD)/config.mk
+endif
+$(BUILD)/config.mk: common/probe.sh
+	@mkdir -p $(BUILD)
+	@CC="$(CC)" sh common/probe.sh > $@.new && mv $@.new $@
+
+# The same, looking again: set-up may have installed something. Nothing is rebuilt where nothing has changed.
+.PHONY: probe
+probe:
+	@mkdir -p $(BUILD)
+	@CC="$(CC)" sh common/probe.sh > $(BUILD)/config.new
+	@cmp -s $(BUILD)/config.new $(BUILD)/config.mk || cp $(BUILD)/config.new $(BUILD)/config.mk
+
+CPPFLAGS += -D_GNU_SOURCE -Icommon $(BLAS_CPPFLAGS)
+CFLAGS   += -std=c11 -g $(OPTIMISE) $(ARCH) $(WARN) $(OPENMP_CFLAGS)
+LDLIBS   += $(BLAS_LIBS) $(OPENMP_LIBS) -lm
+
+COMMON_SOURCES := $(filter-out common/test_% common/fuzz_%,$(wildcard common/*.c))
+COMMON_LIBRARY := $(BUILD)/common/libcommon.a
+objects = $(patsubst %.c,$(BUILD)/%.o,$(1))
+
+# Chapters 8 and 9 call chapter 7's fast tile steps.
+BORROWS_08_gqa          := $(wildcard 07_flash_tiled/flash_tiled_simd.c)
+BORROWS_09_block_sparse := $(wildcard 07_flash_tiled/flash_tiled_simd.c)
+
+$(BUILD)/%.o: %.c $(BUILD)/config.mk
+	@mkdir -p $(@D)
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(if $(findstring /test_,$<),$(CRITERION_CFLAGS)) -MMD -MP -c -o $@ $<
+
+# A chapter's main.c again for its tests, which bring a main of their own.
+$(BUILD)/%/main_for_test.o: %/main.c $(BUILD)/config.mk
+	@mkdir -p $(@D)
+	$(CC) $(CPPFLAGS) $(CFLAGS) -Dmain=chapter_program -MMD -MP -c -o $@ $<
+
+$(COMMON_LIBRARY): $(call objects,$(COMMON_SOURCES))
+	rm -f $@ && $(AR) rcs $@ $^
+
+# chapter_rules(folder)
+define chapter_rules
+ALGORITHMS_$(1) := $$(filter-out $(1)/main.c $(1)/test_% $(1)/fuzz_%,$$(wildcard $(1)/*.c)) $$(BORROWS_$(1))
+TESTS_$(1)      := $$(wildcard $(1)/test_*.c)
+$$(BUILD)/$(1)/run: $$(call objects,$(1)/main.c $$(ALGORITHMS_$(1))) $$(COMMON_LIBRARY)
+	$$(CC) $$(CFLAGS) $$(LDFLAGS) -o $$@ $$^ $$(LDLIBS)
+$$(BUILD)/$(1)/test: $$(BUILD)/$(1)/main_for_test.o $$(call objects,$$(ALGORITHMS_$(1)) $$(TESTS_$(1)) common/test_chapter.c) $$(COMMON_LIBRARY)
+	$$(CC) $$(CFLAGS) $$(LDFLAGS) -o $$@ $$^ $$(LDLIBS) -lcriterion
+.PHONY: $(1) chapter-$(patsubst 0%,%,$(firstword $(subst _, ,$(1)))) $(patsubst 0%,%,$(firstword $(subst _, ,$(1))))
+chapter-$(patsubst 0%,%,$(firstword $(subst _, ,$(1)))): $$(BUILD)/$(1)/run
+	@ln -sfn $$< run
+	@echo "built $(1): ./run tells its story, ./run --help lists the options"
+$(patsubst 0%,%,$(firstword $(subst _, ,$(1)))): chapter-$(patsubst 0%,%,$(firstword $(subst _, ,$(1))))
+endef
+$(foreach chapter,$(CHAPTERS),$(eval $(call chapter_rules,$(chapter))))
+
+PROGRAMS := $(CHAPTERS:%=$(BUILD)/%/run)
+TESTS    := $(BUILD)/common/test $(CHAPTERS:%=$(BUILD)/%/test)
+
+$(BUILD)/common/test: $(call objects,$(filter-out common/test_chapter.c,$(wildcard common/test_*.c))) $(COMMON_LIBRARY)
+	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS) -lcriterion
+
+.PHONY: all tests test demo figures setup clean format
+all: $(PROGRAMS)
+tests: $(PROGRAMS) $(TESTS)
+
+help:
+	@sh common/help.sh
+
+setup:
+	@sh common/setup.sh
+
+demo:
+	@sh common/setup.sh
+	@$(MAKE) --no-print-directory probe
+	@$(MAKE) --no-print-directory all
+	@sh common/demo.sh
+
+test:
+	@sh common/setup.sh tests
+	@$(MAKE) --no-print-directory probe
+	@sh common/test.sh
+
+figures:
+	@sh common/figures.sh
+
+format:
+	clang-format -i $$(git ls-files '*.c' '*.h')
+
+clean:
+	rm -rf $(BUILD) run
+
+-include $(shell find $(BUILD) -name '*.d' 2>/dev/null)

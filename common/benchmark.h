@@ -1,0 +1,49 @@
+/* Timing: warm-up, repeats, median and spread; this machine's multiply-add peak; rows of a TSV file. */
+#ifndef COMMON_BENCHMARK_H
+#define COMMON_BENCHMARK_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+/* Seconds on a clock that never goes back. */
+double now(void);
+
+typedef struct {
+    double ms_min, ms_median, ms_p95;
+    int repeats;
+} Timing;
+
+/* Sorts the n >= 1 times (in ms) and sums them up; the 95th percentile is the nearest rank. */
+Timing summarise(double *ms, int n);
+double median(double *values, int n); /* sorts them */
+
+/* GFLOP/s of a burst of independent float32 multiply-adds on `threads` threads at once, about `ms` milliseconds long,
+ * as wide as this build's vectors are. Take bursts right before and after what is timed: clocks wander. */
+double peak_burst_gflops(int threads, double ms);
+
+/* The machine's name for charts and TSV rows: $MACHINE, or the processor's name and the number of cores. */
+const char *machine_name(void);
+
+/* One row of results, its columns as the design's TSV names them. */
+typedef struct {
+    const char *chapter, *kernel, *device, *dtype, *pass;
+    int batch, heads, kv_heads, tokens, key_tokens, head_size, embed, embed_out;
+    char mask[64];
+    bool bias;
+    double dropout;
+    int threads;
+    Timing time;
+    double gflops, gb_per_s, percent_of_peak, pairs_kept, peak_mib, max_abs_err;
+    const char *checked; /* "all" or "sample" */
+} BenchmarkRow;
+
+/* Appends the row to the file, with the header line first when the file is new or empty. A file whose first line is another
+ * header is refused. Returns NULL, or what is wrong (one line, a static buffer). */
+const char *check_tsv(const char *path); /* could a row be appended? asked before anything is computed */
+const char *append_tsv(const char *path, const BenchmarkRow *row);
+
+/* For people, on stdout: kernel, median, spread, GFLOP/s, percent of peak, memory, error. Header line first. */
+void print_row_header(void);
+void print_row(const BenchmarkRow *row);
+
+#endif

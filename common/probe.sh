@@ -1,0 +1,57 @@
+#!/bin/sh
+# What has this machine got? Tries a compiler, an OpenMP, a CBLAS, Criterion and gnuplot, and prints what it found as
+# variables for make. Nothing here fails: what is missing is left empty.
+set -u
+CC=${CC:-cc}
+tmp=$(mktemp -d) || exit 1
+trap 'rm -rf "$tmp"' EXIT
+
+# try PROGRAM FLAGS..: does this small program build with these flags?
+try() {
+    printf '%s\n' "$1" > "$tmp/try.c"
+    shift
+    $CC "$tmp/try.c" -o "$tmp/try" "$@" > /dev/null 2>&1
+}
+
+if try '#include <omp.h>
+int main(void) { return omp_get_max_threads() < 1; }' -fopenmp; then
+    echo "OPENMP_CFLAGS := -fopenmp"
+    echo "OPENMP_LIBS := -fopenmp"
+else
+    echo "OPENMP_CFLAGS := -Wno-unknown-pragmas"
+fi
+
+blas_program='#include <cblas.h>
+int main(void) { float a = 1, b = 2, c = 0;
+cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, 1, 1, 1, 1, &a, 1, &b, 1, 0, &c, 1); return c != 2; }'
+accelerate_program='#include <Accelerate/Accelerate.h>
+int main(void) { return 0; }'
+if [ "${BLAS:-}" = no ]; then
+    :
+elif try "$blas_program
+void openblas_set_num_threads(int); void (*p)(int) = openblas_set_num_threads;" -lopenblas; then
+    echo "BLAS_NAME := OpenBLAS"
+    echo "BLAS_CPPFLAGS := -DHAVE_CBLAS -DHAVE_OPENBLAS"
+    echo "BLAS_LIBS := -lopenblas"
+elif try "$accelerate_program" -framework Accelerate; then
+    echo "BLAS_NAME := Accelerate"
+    echo "BLAS_CPPFLAGS := -DHAVE_CBLAS -DHAVE_ACCELERATE -DACCELERATE_NEW_LAPACK"
+    echo "BLAS_LIBS := -framework Accelerate"
+else
+    for flags in '-lblis' '-lcblas' '-lblas'; do
+        if try "$blas_program" $flags; then
+            echo "BLAS_NAME := CBLAS ($flags)"
+            echo "BLAS_CPPFLAGS := -DHAVE_CBLAS"
+            echo "BLAS_LIBS := $flags"
+            break
+        fi
+    done
+fi
+
+if try '#include <criterion/criterion.h>
+Test(a, b) { cr_assert(1); }' -lcriterion; then
+    echo "HAVE_CRITERION := yes"
+fi
+if command -v gnuplot > /dev/null 2>&1; then
+    echo "HAVE_GNUPLOT := yes"
+fi
