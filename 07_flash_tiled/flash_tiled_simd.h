@@ -1,0 +1,112 @@
+/* Flash attention near the processor's multiply-add peak, as steps that other chapters can call: grouped
+ * heads (8) and block masks (9) bring a loop of their own and nothing else.
+ *
+ * A block is up to FLASH_ROWS query rows that look at the same keys and values. Its life:
+ *
+ *     FlashBlock block = {.s = s, .b = b, .k = k, .v = v, .key_step = HS, .rows = n};
+ *     for each i < n: block.row[i] = (FlashRow){.q = .., .out = .., .lse = .., .h = .., .t = ..};
+ *     flash_begin(&block, scratch);
+ *     flash_attend(&block, first, end, look);      any number of times, each key at most once
+ *     flash_finish(&block);
+ *
+ * Nothing here is parallel: a block belongs to one thread, and its result does not depend on which one.
+ * Dao, Fu, Ermon, Rudra and Re 2022 (FlashAttention), Dao 2023 (FlashAttention-2).
+ */
+#ifndef FLASH_TILED_SIMD_H
+#define FLASH_TILED_SIMD_H
+
+#include "flash_vectors.h"
+#include "kernel.h"
+
+enum {
+    FLASH_ROWS =
+        VECTORS * LANES, /* 48 with AVX-512, 24 with AVX2, 12 else; multiples of LANES waste nothing */
+    FLASH_KEYS = 128,    /* keys are taken in tiles of so many, counted from flash_attend's first */
+    FLASH_TASKS = 128,   /* how many lists flash_task() cuts the blocks of a problem into */
+};
+
+typedef struct {
+    const float *q; /* HS numbers, read by flash_begin */
+    float *out;     /* HS numbers, written by flash_finish */
+    float *lse;     /* one number, written by flash_finish; NULL: not wanted */
+    int h, t;       /* which query this is, for mask, bias and dropout; h counts over all NH heads */
+} FlashRow;
+
+typedef struct {
+    /* Filled in by the caller. */
+    const AttentionShape *s; /* head_size, scale, mask, causal, lengths, bias, dropout */
+    int b;
+    const float *k,
+        *v; /* key t2 is the HS numbers at k + t2 * key_step, its value those at v + t2 * key_step */
+    size_t key_step;
+    int rows; /* 1 .. FLASH_ROWS */
+    FlashRow row[FLASH_ROWS];
+
+    /* Kept between the steps. Lane i of everything belongs to row[i]. */
+    float *q_columns;   /* (HS, FLASH_ROWS): the transposed queries, times scale and log2 e */
+    float *out_columns; /* (HS rounded up to TILE, FLASH_ROWS): the transposed output, not yet divided by l */
+    _Alignas(64) float m[FLASH_ROWS]; /* scores are weighed as 2^(score - m); not always the largest score */
+    _Alignas(64) float l[FLASH_ROWS]; /* the sum of the weights so far; 0: nothing to attend to yet */
+    bool one_run;                     /* every row sees exactly the keys first <= t2 < end */
+    int first[FLASH_ROWS], end[FLASH_ROWS];
+} FlashBlock;
+
+/* How many floats of scratch one block needs, a multiple of 64 bytes. It must be 64-byte aligned; what is in
+ * it does not matter. */
+size_t flash_scratch(int head_size);
+
+/* Reads the queries; m = l = out = 0. */
+void flash_begin(FlashBlock *block, float *scratch);
+
+/* Attends to the keys first <= t2 < end, which must exist (0 <= first, end <= TK); an empty range is nothing.
+ *   look false: every row sees every key of the range, and s->bias is NULL. Nobody is asked.
+ *   look true:  attends() and the bias are asked about each pair; with bias -inf or attends() false a pair
+ * weighs nothing. Dropout, if any, is drawn by position in both. Large tiles are fast: give a long range in
+ * one call. NaN in k, of a pair that may not attend, stays out; NaN in v reaches every row of the block (0 *
+ * NaN is NaN). */
+void flash_attend(FlashBlock *block, int first, int end, bool look);
+
+/* Writes out and lse = m + log l of each row; zeros and -inf for a row that saw no key. */
+void flash_finish(FlashBlock *block);
+
+/* Task i of FLASH_TASKS does the blocks first <= n < end of `blocks`: neighbours, which share keys in the
+ * cache. Each task needs scratch of its own: flash_task_scratch(blocks, HS) floats hold all of them, task i's
+ * at i * flash_scratch(HS). The cut depends on the number of blocks alone, not on the threads, and so does
+ * the memory.
+ *
+ *     #pragma omp parallel for schedule(dynamic)
+ *     for (int i = 0; i < FLASH_TASKS; i++)
+ *         for (size_t n = flash_task(i, blocks); n < flash_task(i + 1, blocks); n++)
+ *             one block, with scratch + i * flash_scratch(HS)
+ */
+static inline size_t flash_task(int i, size_t blocks)
+{
+    size_t tasks = blocks < FLASH_TASKS ? blocks : FLASH_TASKS;
+    return (size_t)i < tasks ? blocks * (size_t)i / tasks : blocks;
+}
+
+static inline size_t flash_task_scratch(size_t blocks, int head_size)
+{
+    return (blocks < FLASH_TASKS ? blocks : FLASH_TASKS) * flash_scratch(head_size);
+}
+
+/* Heads that lie somewhere in larger rows: query (b,h,t) at q + (b*T + t) * q_step + h*HS, and likewise the
+ * rest. So (B,T,3C) projections are read as they lie. */
+typedef struct {
+    const float *q, *k, *v; /* the first number of (0, 0, 0) */
+    float *out, *lse;       /* lse (B,NH,T); NULL: not wanted */
+    /* From one batch entry, head, token to the next, in floats. */
+    size_t q_batch, q_head, q_token;
+    size_t k_batch, k_head, k_token; /* of k and of v */
+    size_t out_batch, out_head, out_token;
+} FlashView;
+
+/* The whole of attention over such views, in parallel; scratch: flash_view_scratch(s) floats. NKV = NH. */
+void flash_attention(const FlashView *view, float *scratch, const AttentionShape *s);
+size_t flash_view_scratch(const AttentionShape *s);
+
+/* The kernel `simd`: contiguous q (B,NH,T,HS), k and v (B,NH,TK,HS), out (B,NH,T,HS), lse (B,NH,T). */
+void flash_tiled_simd(const Tensors *t, const AttentionShape *s);
+int flash_tiled_simd_workspace(const AttentionShape *s, size_t floats[MAX_BUFFERS]);
+
+#endif
