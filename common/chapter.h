@@ -7,8 +7,8 @@
 
 typedef struct Story Story;
 
-/* More that a chapter checks about itself, beside its kernels: ./run --check and the tests both run it. Returns NULL if all
- * is well, else one line that says what is not (a static buffer). */
+/* More that a chapter checks about itself, beside its kernels: ./run --check and the tests both run it.
+ * Returns NULL if all is well, else one line that says what is not (a static buffer). */
 typedef struct {
     const char *name;
     const char *(*check)(void);
@@ -17,12 +17,13 @@ typedef struct {
 typedef struct {
     int number;
     const char *title;
-    const char *folder;         /* "07_flash_tiled" */
-    const Kernel *kernels;      /* ends with a row whose name is NULL */
-    const ExtraCheck *checks;   /* ends with a row whose name is NULL; NULL: none */
+    const char *folder;       /* "07_flash_tiled" */
+    const Kernel *kernels;    /* ends with a row whose name is NULL */
+    const ExtraCheck *checks; /* ends with a row whose name is NULL; NULL: none */
     void (*story)(Story *story);
-    /* A chapter's own mode beside the common ones, as ./run WORD [options] ("decode", "mask"); NULL: none. Gets the words after
-     * WORD; returns the exit code. */
+    int group; /* --kv-heads when not given: this many query heads share one; 0 or 1: each has its own */
+    /* A chapter's own mode beside the common ones, as ./run WORD [options] ("decode", "mask"); NULL: none.
+     * Gets the words after WORD; returns the exit code. */
     const char *extra_mode, *extra_mode_what;
     int (*run_extra_mode)(int argc, char **argv);
 } Chapter;
@@ -36,26 +37,30 @@ int chapter_main(int argc, char **argv, const Chapter *chapter);
 void story_heading(Story *story, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void story_say(Story *story, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
-/* Prints rows x columns of ours beside the published numbers, a tick or a cross at each row's end. A row passes where every
- * number is within 1e-4 (four published decimals, and PyTorch's own rounding); both NaN or the same infinity passes too only
- * if published so. A cross makes ./run exit with 1. */
-void story_expect(Story *story, const char *what, const float *ours, const double *published, int rows, int columns);
+/* Prints rows x columns of ours beside the published numbers, a tick or a cross at each row's end. A row
+ * passes where every number is within 1e-4 (four published decimals, and PyTorch's own rounding); both NaN or
+ * the same infinity passes too only if published so. A cross makes ./run exit with 1. */
+void story_expect(Story *story, const char *what, const float *ours, const double *published, int rows,
+                  int columns);
 
 /* One line with a tick or a cross: a claim, and whether it holds. */
 void story_claim(Story *story, bool holds, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
-/* Runs one of the chapter's kernels as "./run --kernel NAME OPTIONS" would, OPTIONS being words with single spaces
- * ("--seed 123 --batch 2"), and checks it against the oracle (a failed check is a cross). The result stays valid until
- * the story ends. */
+/* Runs one of the chapter's kernels as "./run --kernel NAME OPTIONS" would, OPTIONS being words with single
+ * spaces
+ * ("--seed 123 --batch 2"), and checks it against the oracle (a failed check is a cross). The result stays
+ * valid until the story ends. */
 typedef struct {
     AttentionShape shape;
     Tensors t;
     Parameters *parameters;
     Comparison comparison;
+    size_t extra_bytes; /* held beyond inputs and outputs */
 } StoryRun;
 const StoryRun *story_run(Story *story, const char *kernel, const char *options);
 
-/* Runs the named kernels (separated by spaces) interleaved and prints the benchmark's rows: the one timing at the end. */
+/* Runs the named kernels (separated by spaces) interleaved and prints the benchmark's rows: the one timing at
+ * the end. */
 void story_time(Story *story, const char *kernels, const char *options);
 
 /* The sentence of the notebooks, "Your journey starts with one step": (6,3). */

@@ -1,0 +1,249 @@
+#include "run.h"
+#include "error.h"
+#include "memory.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+const float sentence[6][3] = {
+    {0.43f, 0.15f, 0.89f}, /* Your */
+    {0.55f, 0.87f, 0.66f}, /* journey */
+    {0.57f, 0.85f, 0.64f}, /* starts */
+    {0.22f, 0.58f, 0.33f}, /* with */
+    {0.77f, 0.25f, 0.10f}, /* one */
+    {0.05f, 0.80f, 0.55f}, /* step */
+};
+
+/* ---- Opening: inputs, parameters, outputs, workspace ---- */
+
+static float *own_floats(Run *run, size_t n)
+{
+    return run->owned[run->owned_count++] = allocate_floats(n);
+}
+
+/* A tensor from its file, or drawn; times `magnify`. */
+static const float *input(Run *run, const NpyArray *file, size_t count, float magnify)
+{
+    if (file->data && magnify == 1)
+        return file->data;
+    float *tensor = own_floats(run, count);
+    if (file->data)
+        memcpy(tensor, file->data, count * sizeof *tensor);
+    else
+        draw_randn(&run->after_x, tensor, count);
+    for (size_t i = 0; magnify != 1 && i < count; i++)
+        tensor[i] *= magnify;
+    return tensor;
+}
+
+static size_t x_count(const AttentionShape *s)
+{
+    return (size_t)s->batch * s->tokens * s->embed;
+}
+
+static bool can_share(const Run *run, const Run *other, float magnify)
+{
+    const AttentionShape *a = &run->problem.shape, *b = &other->problem.shape;
+    bool same = magnify == 1 && run->kernel->takes == other->kernel->takes &&
+                run->problem.seed == other->problem.seed && run->problem.rng == other->problem.rng &&
+                run->problem.sentence == other->problem.sentence;
+    if (run->kernel->takes == TAKES_X)
+        return same && a->batch == b->batch && a->tokens == b->tokens && a->embed == b->embed;
+    return same && query_count(a) == query_count(b) && key_count(a) == key_count(b) && a->heads == b->heads &&
+           a->tokens == b->tokens && a->batch == b->batch;
+}
+
+static void open_inputs(Run *run, const Options *o, const Run *inputs_of, float magnify)
+{
+    AttentionShape *s = &run->problem.shape;
+    seed_stream(&run->after_x, run->problem.rng, run->problem.seed);
+    if (o->multiprocessors) {
+        run->after_x.multiprocessors = o->multiprocessors;
+        run->after_x.threads_per_multiprocessor = o->threads_per_multiprocessor;
+    }
+    if (inputs_of && can_share(run, inputs_of, magnify)) {
+        run->t.x = inputs_of->t.x;
+        run->t.q = inputs_of->t.q;
+        run->t.k = inputs_of->t.k;
+        run->t.v = inputs_of->t.v;
+        s->bias = inputs_of->problem.shape.bias;
+        memcpy(s->bias_stride, inputs_of->problem.shape.bias_stride, sizeof s->bias_stride);
+        run->after_x = inputs_of->after_x;
+        return;
+    }
+    if (run->problem.sentence)
+        run->t.x = &sentence[0][0];
+    else if (run->kernel->takes == TAKES_X)
+        run->t.x = input(run, &o->x, x_count(s), magnify);
+    else {
+        run->t.q = input(run, &o->q, query_count(s), magnify);
+        run->t.k = input(run, &o->k, key_count(s), magnify);
+        run->t.v = input(run, &o->v, key_count(s), 1);
+        if (o->bias_randn) { /* (1,NH,T,TK) */
+            s->bias = input(run, &o->bias, (size_t)s->heads * s->tokens * s->key_tokens, 1);
+            s->bias_stride[1] = (size_t)s->tokens * s->key_tokens;
+            s->bias_stride[2] = s->key_tokens;
+            s->bias_stride[3] = 1;
+        }
+    }
+}
+
+static size_t kept_weights(const Run *run)
+{
+    const AttentionShape *s = &run->problem.shape;
+    return run->kernel->weights == WEIGHTS_PER_HEAD   ? weights_count(s)
+           : run->kernel->weights == WEIGHTS_AVERAGED ? weights_count(s) / s->heads
+                                                      : 0;
+}
+
+Refusal open_run(Run *run, const Chapter *chapter, const Kernel *kernel, const Options *o,
+                 const Run *inputs_of, float magnify)
+{
+    memset(run, 0, sizeof *run);
+    run->kernel = kernel;
+    resolve_problem(&run->problem, chapter, kernel, o);
+    run->owned[run->owned_count++] = run->problem.document;
+    run->owned[run->owned_count++] = run->problem.lengths;
+    AttentionShape *s = &run->problem.shape;
+    Refusal refusal = {0};
+    if (run->problem.reason[0]) {
+        refusal.exit_code = EXIT_USAGE;
+        snprintf(refusal.reason, sizeof refusal.reason, "%s", run->problem.reason);
+        close_run(run);
+        return refusal;
+    }
+
+    /* Count before asking: what is asked for lazily would else be missed when it is too late. */
+    bool module = kernel->takes == TAKES_X;
+    int buffers = kernel->workspace ? kernel->workspace(s, run->workspace_size) : 0;
+    run->out_size = module ? (size_t)s->batch * s->tokens * s->embed_out : query_count(s);
+    run->weights_size = kept_weights(run);
+    double extra = kernel->weights == WEIGHTS_PER_HEAD ? 4.0 * (double)run->weights_size : 0;
+    for (int i = 0; i < buffers; i++)
+        extra += 4.0 * (double)run->workspace_size[i];
+    double need = extra + 4.0 * (double)run->out_size + 4.0 * (double)run->weights_size +
+                  (module ? 4.0 * (double)x_count(s) + 16.0 * s->embed * (double)s->embed_out
+                          : 4.0 * (double)query_count(s) + 8.0 * (double)key_count(s)) +
+                  (s->dropout > 0 && kernel->dropout != DROPOUT_POSITION ? (double)weights_count(s) : 0) +
+                  (o->bias_randn ? 4.0 * s->heads * (double)s->tokens * s->key_tokens : 0);
+    if (kernel->weights == WEIGHTS_PER_HEAD)
+        need -= 4.0 * (double)run->weights_size; /* counted in extra */
+    double room = (double)available_memory();
+    if (need > 0.95 * room) {
+        refusal.exit_code = EXIT_UNAVAILABLE;
+        snprintf(refusal.reason, sizeof refusal.reason,
+                 "needs %s and %s are free; take a smaller --batch or fewer --tokens%s", bytes_text(need),
+                 bytes_text(room), extra > need / 2 ? ", or a tiled kernel (chapter 7)" : "");
+        close_run(run);
+        return refusal;
+    }
+    run->extra_bytes = (size_t)extra;
+
+    open_inputs(run, o, inputs_of, magnify);
+    run->after_inputs = run->after_x;
+    if (kernel->parameters) {
+        run->parameters.stream = &run->after_inputs;
+        kernel->parameters(&run->parameters, s);
+        for (int i = 0; i < run->parameters.count; i++)
+            run->t.parameter[i] = run->parameters.list[i].data;
+    }
+    run->t.out = own_floats(run, run->out_size);
+    if (!module)
+        run->t.lse = own_floats(run, lse_count(s));
+    if (run->weights_size)
+        run->t.weights = own_floats(run, run->weights_size);
+    for (int i = 0; i < buffers; i++)
+        run->t.workspace[i] = own_floats(run, run->workspace_size[i]);
+    return refusal;
+}
+
+void close_run(Run *run)
+{
+    for (int i = 0; i < run->owned_count; i++)
+        free(run->owned[i]);
+    for (int i = 0; i < run->parameters.count; i++)
+        free(run->parameters.list[i].data);
+    run->owned_count = run->parameters.count = 0;
+}
+
+void forward_run(Run *run)
+{
+    run->dropout_stream = run->after_inputs;
+    run->problem.shape.dropout_stream = &run->dropout_stream;
+    run->kernel->forward(&run->t, &run->problem.shape);
+}
+
+/* ---- Counting ---- */
+
+static bool half_by_convention(const AttentionShape *s)
+{
+    bool causal = s->mask.kind == MASK_CAUSAL || (s->mask.kind == MASK_NONE && s->causal);
+    return causal && !s->lengths && s->tokens == s->key_tokens;
+}
+
+double forward_flops(const Run *run)
+{
+    const AttentionShape *s = &run->problem.shape;
+    double pairs = half_by_convention(s) ? 0.5 * (double)weights_count(s) : count_pairs(s);
+    double flops = 4.0 * pairs * s->head_size;
+    for (int i = 0; i < run->parameters.count; i++)
+        if (run->parameters.list[i].axes == 2)
+            flops += 2.0 * s->batch * s->tokens * (double)run->parameters.list[i].size[0] *
+                     (double)run->parameters.list[i].size[1];
+    return flops;
+}
+
+double forward_bytes(const Run *run)
+{
+    const AttentionShape *s = &run->problem.shape;
+    double floats = (double)run->out_size;
+    floats += run->kernel->takes == TAKES_X ? (double)x_count(s)
+                                            : (double)query_count(s) + 2.0 * (double)key_count(s);
+    for (int i = 0; i < run->parameters.count; i++)
+        floats += (double)run->parameters.list[i].size[0] * (double)run->parameters.list[i].size[1];
+    if (s->bias)
+        floats += (s->bias_stride[0] ? s->batch : 1.0) * (s->bias_stride[1] ? s->heads : 1.0) *
+                  (s->bias_stride[2] ? s->tokens : 1.0) * (s->bias_stride[3] ? s->key_tokens : 1.0);
+    return 4.0 * floats;
+}
+
+/* ---- Saving, and words ---- */
+
+const char *save_run(const Run *run, const char *folder)
+{
+    const AttentionShape *s = &run->problem.shape;
+    char path[4096];
+    const size_t core[4] = {s->batch, s->heads, s->tokens, s->head_size};
+    const size_t module[3] = {s->batch, s->tokens, s->embed_out};
+    const size_t per_head[4] = {s->batch, s->heads, s->tokens, s->key_tokens};
+    const size_t averaged[3] = {s->batch, s->tokens, s->key_tokens};
+    bool x = run->kernel->takes == TAKES_X, by_head = run->kernel->weights == WEIGHTS_PER_HEAD;
+
+    snprintf(path, sizeof path, "%s/out.npy", folder);
+    const char *wrong = write_npy(path, run->t.out, x ? module : core, x ? 3 : 4);
+    if (!wrong && run->t.lse) {
+        snprintf(path, sizeof path, "%s/lse.npy", folder);
+        wrong = write_npy(path, run->t.lse, core, 3);
+    }
+    if (!wrong && run->t.weights) {
+        snprintf(path, sizeof path, "%s/weights.npy", folder);
+        wrong = write_npy(path, run->t.weights, by_head ? per_head : averaged, by_head ? 4 : 3);
+    }
+    return wrong;
+}
+
+void problem_text(char *text, size_t size, const Run *run)
+{
+    const AttentionShape *s = &run->problem.shape;
+    char mask[64];
+    mask_text(mask, sizeof mask, s);
+    if (run->kernel->takes == TAKES_X)
+        snprintf(text, size, "x (%d,%d,%d) to (%d,%d,%d), %d head%s of %d, mask %s", s->batch, s->tokens,
+                 s->embed, s->batch, s->tokens, s->embed_out, s->heads, s->heads > 1 ? "s" : "", s->head_size,
+                 mask);
+    else
+        snprintf(text, size, "q (%d,%d,%d,%d), k and v (%d,%d,%d,%d), mask %s%s", s->batch, s->heads,
+                 s->tokens, s->head_size, s->batch, s->kv_heads, s->key_tokens, s->head_size, mask,
+                 s->bias ? ", bias" : "");
+}

@@ -1,0 +1,69 @@
+/* One kernel on one problem: sizes worked out from options, files and defaults; inputs drawn or read; outputs
+ * and workspace allocated and counted; forward called; the result held against the oracle. */
+#ifndef COMMON_RUN_H
+#define COMMON_RUN_H
+
+#include "benchmark.h"
+#include "chapter.h"
+#include "options.h"
+#include "resolve.h"
+
+typedef struct {
+    const Kernel *kernel;
+    Problem problem;
+    Tensors t;
+    Parameters parameters;
+    RandomStream after_x;        /* the generator once q, k, v and bias, or x, were drawn */
+    RandomStream after_inputs;   /* and once the parameters were */
+    RandomStream dropout_stream; /* set to that before each forward */
+    size_t extra_bytes;  /* held beyond inputs and outputs: the workspace, and weights that are kept */
+    size_t out_size;     /* elements of t.out */
+    size_t weights_size; /* elements of t.weights */
+    size_t workspace_size[MAX_BUFFERS];
+    bool sampled;                  /* the oracle judged a sample */
+    Comparison out, lse, weights;  /* count 0 where there is nothing to compare */
+    void *owned[16 + MAX_BUFFERS]; /* what close_run() frees */
+    int owned_count;
+} Run;
+
+/* Why a kernel was not opened. */
+typedef struct {
+    int exit_code; /* 0: it was opened */
+    char reason[240];
+} Refusal;
+
+/* Everything up to the call. Options that contradict each other, or files that do not fit, end the program
+ * with exit 2. A kernel that cannot do what is asked, or does not fit into memory, is refused: nothing is
+ * then held. inputs_of is another open run whose q, k, v or x may be shared when they are the same; NULL:
+ * none. magnify multiplies q and k, or x. */
+Refusal open_run(Run *run, const Chapter *chapter, const Kernel *kernel, const Options *options,
+                 const Run *inputs_of, float magnify);
+void close_run(Run *run);
+
+/* One forward pass, dropout starting where PyTorch's would. */
+void forward_run(Run *run);
+
+/* Poisons outputs and workspace with NaN, calls forward, compares with the oracle; true if all of it passed.
+ */
+bool check_run(Run *run);
+/* "L2 3.1e-07, max 4.8e-07, 0 NaN (all)" of out, and of lse and weights where there are any. */
+void check_text(char *text, size_t size, const Run *run);
+
+/* What the literature counts: forward 4*B*NH*T*TK*HS, half of it for causal with T = TK, the allowed pairs
+ * for other masks; modules add 2*m*n*k for each projection. */
+double forward_flops(const Run *run);
+/* Each input read once, each output written once. */
+double forward_bytes(const Run *run);
+
+/* Times the open runs interleaved, `repeat` rounds after a warm-up, bursts of the peak between them. One row
+ * each, printed by the caller; the runs must have been checked. what: shown as progress on a terminal. */
+void time_runs(BenchmarkRow *row, Run *const *runs, int count, const Chapter *chapter, int repeat,
+               int threads);
+
+/* out, lse and weights as .npy files in folder (which exists). Returns NULL or what went wrong. */
+const char *save_run(const Run *run, const char *folder);
+
+/* The problem in one line: "1 x 12 heads x 1024 tokens x 64, causal". */
+void problem_text(char *text, size_t size, const Run *run);
+
+#endif

@@ -1,0 +1,67 @@
+#include "memory.h"
+#include "run.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+void time_runs(BenchmarkRow *row, Run *const *runs, int count, const Chapter *chapter, int repeat,
+               int threads)
+{
+    const double burst_ms = 4;
+    bool terminal = isatty(STDERR_FILENO);
+    double *ms = allocate_zeroed((size_t)count * repeat, sizeof *ms);
+    double *share = allocate_zeroed((size_t)count * repeat, sizeof *share);
+    for (int round = -1; round < repeat; round++) /* round -1 warms up */
+        for (int i = 0; i < count; i++) {
+            if (terminal)
+                fprintf(stderr, "\r\033[Ktiming %s, round %d of %d", runs[i]->kernel->name, round + 1,
+                        repeat);
+            double before = peak_burst_gflops(threads, burst_ms);
+            double start = now();
+            forward_run(runs[i]);
+            double seconds = now() - start;
+            double after = peak_burst_gflops(threads, burst_ms);
+            if (round < 0)
+                continue;
+            ms[i * repeat + round] = 1e3 * seconds;
+            share[i * repeat + round] =
+                100 * 1e-9 * forward_flops(runs[i]) / seconds / (0.5 * (before + after));
+        }
+    if (terminal)
+        fprintf(stderr, "\r\033[K");
+
+    for (int i = 0; i < count; i++) {
+        const Run *run = runs[i];
+        const AttentionShape *s = &run->problem.shape;
+        row[i] = (BenchmarkRow){
+            .chapter = chapter->folder,
+            .kernel = run->kernel->name,
+            .device = "cpu",
+            .dtype = "f32",
+            .pass = "forward",
+            .batch = s->batch,
+            .heads = s->heads,
+            .kv_heads = s->kv_heads,
+            .tokens = s->tokens,
+            .key_tokens = s->key_tokens,
+            .head_size = s->head_size,
+            .embed = s->embed,
+            .embed_out = s->embed_out,
+            .bias = s->bias != NULL,
+            .dropout = s->dropout,
+            .threads = threads,
+            .time = summarise(ms + (size_t)i * repeat, repeat),
+            .percent_of_peak = median(share + (size_t)i * repeat, repeat),
+            .pairs_kept = count_pairs(s) / (double)weights_count(s),
+            .peak_mib = (double)run->extra_bytes / (1 << 20),
+            .max_abs_err = run->out.max_abs,
+            .checked = run->sampled ? "sample" : "all",
+        };
+        mask_text(row[i].mask, sizeof row[i].mask, s);
+        row[i].gflops = 1e-6 * forward_flops(run) / row[i].time.ms_median;
+        row[i].gb_per_s = 1e-6 * forward_bytes(run) / row[i].time.ms_median;
+    }
+    free(ms);
+    free(share);
+}
