@@ -66,6 +66,11 @@ void flash_begin(FlashBlock *block, float *scratch);
  * NaN is NaN). */
 void flash_attend(FlashBlock *block, int first, int end, bool look);
 
+/* Attends to every key that mask, causality, lengths and bias let these rows see: the run of keys that all
+ * rows see without looking, the keys before and after it with. All that a chapter without block lists needs
+ * between begin and finish. */
+void flash_attend_allowed(FlashBlock *block);
+
 /* Writes out and lse = m + log l of each row; zeros and -inf for a row that saw no key. */
 void flash_finish(FlashBlock *block);
 

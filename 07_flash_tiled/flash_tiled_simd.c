@@ -1,0 +1,350 @@
+#include "flash_tiled_simd.h"
+
+#include <math.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+static const float log2e = 1.44269504f;
+
+/* A score may stand this far (in powers of two) above m before m has to follow. */
+static const float headroom = 20;
+
+static int smaller(int a, int b)
+{
+    return a < b ? a : b;
+}
+static int larger(int a, int b)
+{
+    return a > b ? a : b;
+}
+
+/* ---- Arithmetic on vectors ---- */
+
+/* 2^x for x <= 127: the nearest integer n goes into the exponent, a polynomial of degree 6 (minimax, 2e-9)
+ * takes the rest. Below -127 the result is exactly 0, for -inf too; NaN stays NaN. Adding 1.5 * 2^23 leaves
+ * no room for a fraction: the sum's low bits are n. */
+INLINE Vector exp2_vector(Vector x)
+{
+    const float shift = 12582912.0f;
+    x = vector_max((Vector){0} - 127.0f, x);
+    Vector shifted = x + shift;
+    Vector f = x - (shifted - shift);
+    Vector p = 1.534581201e-4f * f + 1.339993122e-3f;
+    p = p * f + 9.618488957e-3f;
+    p = p * f + 5.550328777e-2f;
+    p = p * f + 2.402264689e-1f;
+    p = p * f + 6.931472057e-1f;
+    p = p * f + 1.0f;
+    IntVector two_to_n = ((IntVector)shifted + 127) << 23;
+    return p * (Vector)two_to_n;
+}
+
+/* c[i][j] += the sum over k of a[i][k * step] * b[k][j]: both products of attention, for TILE numbers of a
+ * (each broadcast to a whole vector) by up to VECTORS vectors of b. It is always inlined with `vectors` a
+ * constant, and c has a constant size: only so do all of c stay in registers. */
+INLINE void multiply(Vector c[TILE][VECTORS], int vectors, const float *const a[TILE], size_t step,
+                     const float *b, int n)
+{
+    for (int k = 0; k < n; k++, b += FLASH_ROWS)
+#pragma GCC unroll 8
+        for (int i = 0; i < TILE; i++)
+#pragma GCC unroll 3
+            for (int j = 0; j < vectors; j++)
+                c[i][j] += a[i][k * step] * ((const Vector *)b)[j];
+}
+
+/* ---- The steps of a tile: up to FLASH_KEYS keys by the block's vectors from .. from + vectors - 1 ---- */
+
+/* What is added to the scores of TILE keys before anything else: the bias, or -inf where a row may not look.
+ */
+static void look_up(const FlashBlock *block, Vector extra[TILE][VECTORS], int key)
+{
+    const AttentionShape *s = block->s;
+    for (int i = 0; i < TILE; i++) {
+        float *extra_i = (float *)extra[i];
+        int t2 = key + i;
+        if (block->one_run)
+            for (int r = 0; r < FLASH_ROWS; r++)
+                extra_i[r] = block->first[r] <= t2 && t2 < block->end[r] ? 0 : -INFINITY;
+        else
+            for (int r = 0; r < FLASH_ROWS; r++) {
+                const FlashRow *row = &block->row[r];
+                bool allowed =
+                    r < block->rows && t2 < s->key_tokens && attends(s, block->b, row->h, row->t, t2);
+                extra_i[r] = allowed ? log2e * bias_at(s, block->b, row->h, row->t, t2) : -INFINITY;
+            }
+    }
+}
+
+/* p = 2^(score - m), its sum over the keys, and the largest score - m. */
+INLINE void weigh(const FlashBlock *block, float *p, Vector top[VECTORS], Vector sum[VECTORS], int key,
+                  int keys, bool look, int from, int vectors)
+{
+    const Vector *m = (const Vector *)block->m + from;
+    for (int j = 0; j < vectors; j++) {
+        top[j] = (Vector){0} - INFINITY;
+        sum[j] = (Vector){0};
+    }
+    for (int i0 = 0; i0 < keys; i0 += TILE) {
+        Vector c[TILE][VECTORS], extra[TILE][VECTORS];
+        const float *k[TILE]; /* past the last key: the last again, not used */
+        for (int i = 0; i < TILE; i++)
+            k[i] = block->k + (size_t)(key + smaller(i0 + i, keys - 1)) * block->key_step;
+
+        /* The sums start at -m: what comes out is the exponent. */
+        if (look)
+            look_up(block, extra, key + i0);
+#pragma GCC unroll 8
+        for (int i = 0; i < TILE; i++)
+#pragma GCC unroll 3
+            for (int j = 0; j < vectors; j++)
+                c[i][j] = (look ? extra[i][from + j] : (Vector){0}) - m[j];
+        multiply(c, vectors, k, 1, block->q_columns + from * LANES, block->s->head_size);
+
+#pragma GCC unroll 8
+        for (int i = 0; i < TILE; i++) {
+            if (i0 + i >= keys)
+                break;
+#pragma GCC unroll 3
+            for (int j = 0; j < vectors; j++) {
+                Vector x = c[i][j];
+                if (look) {
+                    Vector e = extra[i][from + j];
+                    x = vector_select(e == -INFINITY, e, x);
+                }
+                top[j] = vector_max(x, top[j]);
+                Vector weight = exp2_vector(x);
+                sum[j] += weight;
+                ((Vector *)(p + (i0 + i) * FLASH_ROWS))[from + j] = weight;
+            }
+        }
+    }
+}
+
+/* Do the weights fit into floats with this m? A row that has seen nothing yet started with m = 0, which may
+ * also be far too large for it. Where not, m moves to the largest score and what was summed up so far is
+ * mended; returns true if the tile must be weighed again. Random scores never get here; large ones do once or
+ * twice a row. */
+static bool raise_maximum(FlashBlock *block, const Vector top[VECTORS], int from, int vectors)
+{
+    bool again = false;
+    for (int i = 0; i < vectors * LANES; i++) {
+        int row = from * LANES + i;
+        float above = ((const float *)top)[i];
+        bool nothing_yet = block->l[row] == 0;
+        if (above <= headroom && (!nothing_yet || above >= -headroom || above == -INFINITY))
+            continue;
+        float mend = nothing_yet ? 0 : exp2f(-above);
+        block->m[row] += above;
+        block->l[row] *= mend;
+        for (int d = 0; d < block->s->head_size; d++)
+            block->out_columns[d * FLASH_ROWS + row] *= mend;
+        again = true;
+    }
+    return again;
+}
+
+static void drop_out(const FlashBlock *block, float *p, int key, int keys)
+{
+    const AttentionShape *s = block->s;
+    float kept = 1 / (1 - s->dropout);
+    for (int i = 0; i < keys; i++)
+        for (int r = 0; r < block->rows; r++) {
+            size_t row = lse_index(s, block->b, block->row[r].h, block->row[r].t);
+            p[i * FLASH_ROWS + r] *= dropout_keeps(s->dropout_seed, row, key + i, s->dropout) ? kept : 0;
+        }
+}
+
+/* out += p^T V, TILE numbers of each value at a time. */
+INLINE void add_values(FlashBlock *block, const float *p, int key, int keys, int from, int vectors)
+{
+    int head_size = block->s->head_size;
+    for (int d = 0; d < head_size; d += TILE) {
+        Vector c[TILE][VECTORS];
+        Vector *out = (Vector *)block->out_columns + d * VECTORS + from;
+        const float *v[TILE]; /* past the last: the last again; out_columns has room for the results */
+        for (int i = 0; i < TILE; i++)
+            v[i] = block->v + (size_t)key * block->key_step + smaller(d + i, head_size - 1);
+#pragma GCC unroll 8
+        for (int i = 0; i < TILE; i++)
+#pragma GCC unroll 3
+            for (int j = 0; j < vectors; j++)
+                c[i][j] = out[i * VECTORS + j];
+        multiply(c, vectors, v, block->key_step, p + from * LANES, keys);
+#pragma GCC unroll 8
+        for (int i = 0; i < TILE; i++)
+#pragma GCC unroll 3
+            for (int j = 0; j < vectors; j++)
+                out[i * VECTORS + j] = c[i][j];
+    }
+}
+
+INLINE void attend_tile(FlashBlock *block, int key, int keys, bool look, int from, int vectors)
+{
+    _Alignas(64) float p[FLASH_KEYS * FLASH_ROWS];
+    Vector top[VECTORS], sum[VECTORS];
+    weigh(block, p, top, sum, key, keys, look, from, vectors);
+    if (raise_maximum(block, top, from, vectors))
+        weigh(block, p, top, sum, key, keys, look, from, vectors);
+    for (int j = 0; j < vectors; j++)
+        ((Vector *)block->l)[from + j] += sum[j];
+    if (block->s->dropout > 0)
+        drop_out(block, p, key, keys);
+    add_values(block, p, key, keys, from, vectors);
+}
+
+/* ---- The life of a block ---- */
+
+size_t flash_scratch(int head_size)
+{
+    size_t rounded = ((size_t)head_size + TILE - 1) / TILE * TILE;
+    return 2 * rounded * FLASH_ROWS + 16 - 2 * rounded * FLASH_ROWS % 16;
+}
+
+/* The keys that row t sees if they are one run, first <= t2 < end, as with most masks; false if they may be
+ * more. */
+static bool one_run(const AttentionShape *s, int b, int t, int *first, int *end)
+{
+    int place = t + s->key_tokens - s->tokens;
+    *end = keys_end(s, b, t);
+    *first = s->mask.kind == MASK_WINDOW   ? place - s->mask.width + 1
+             : s->mask.kind == MASK_FUTURE ? place + 1
+                                           : 0;
+    *first = larger(*first, 0);
+    return !s->bias && s->mask.kind != MASK_LOCAL_GLOBAL && s->mask.kind != MASK_DILATED &&
+           s->mask.kind != MASK_DOCUMENTS;
+}
+
+void flash_begin(FlashBlock *block, float *scratch)
+{
+    const AttentionShape *s = block->s;
+    size_t rounded = ((size_t)s->head_size + TILE - 1) / TILE * TILE;
+    block->q_columns = scratch;
+    block->out_columns = scratch + rounded * FLASH_ROWS;
+    memset(scratch, 0, 2 * rounded * FLASH_ROWS * sizeof(float));
+    memset(block->m, 0, sizeof block->m);
+    memset(block->l, 0, sizeof block->l);
+    memset(block->first, 0, sizeof block->first);
+    memset(block->end, 0, sizeof block->end);
+    for (int r = 0; r < block->rows; r++) {
+        block->one_run = one_run(s, block->b, block->row[r].t, &block->first[r], &block->end[r]);
+        for (int d = 0; d < s->head_size; d++)
+            block->q_columns[d * FLASH_ROWS + r] = s->scale * log2e * block->row[r].q[d];
+    }
+}
+
+void flash_attend(FlashBlock *block, int first, int end, bool look)
+{
+    for (int key = first; key < end; key += FLASH_KEYS) {
+        int keys = smaller(FLASH_KEYS, end - key);
+        if (look)
+            attend_tile(block, key, keys, true, 0, 3);
+        else
+            attend_tile(block, key, keys, false, 0, 3);
+    }
+}
+
+void flash_attend_allowed(FlashBlock *block)
+{
+    if (!block->one_run) {
+        int end = 0;
+        for (int r = 0; r < block->rows; r++)
+            end = larger(end, block->end[r]);
+        flash_attend(block, 0, end, true);
+        return;
+    }
+    int first = block->first[0], all_first = first, end = block->end[0], all_end = end;
+    for (int r = 1; r < block->rows; r++) {
+        first = smaller(first, block->first[r]);
+        all_first = larger(all_first, block->first[r]);
+        end = larger(end, block->end[r]);
+        all_end = smaller(all_end, block->end[r]);
+    }
+    if (all_first >= all_end)
+        all_first = all_end = end;
+    flash_attend(block, first, all_first, true);
+    flash_attend(block, all_first, all_end, false);
+    flash_attend(block, all_end, end, true);
+}
+
+void flash_finish(FlashBlock *block)
+{
+    for (int r = 0; r < block->rows; r++) {
+        const FlashRow *row = &block->row[r];
+        float l = block->l[r];
+        for (int d = 0; d < block->s->head_size; d++)
+            row->out[d] = l == 0 ? 0 : block->out_columns[d * FLASH_ROWS + r] / l;
+        if (row->lse)
+            *row->lse = l == 0 ? -INFINITY : (float)((block->m[r] + log2((double)l)) / 1.4426950408889634);
+    }
+}
+
+/* ---- All blocks of a problem ---- */
+
+static size_t blocks_of_a_head(const AttentionShape *s)
+{
+    return ((size_t)s->tokens + FLASH_ROWS - 1) / FLASH_ROWS;
+}
+
+size_t flash_view_scratch(const AttentionShape *s)
+{
+    return flash_task_scratch((size_t)s->batch * s->heads * blocks_of_a_head(s), s->head_size);
+}
+
+static void attend_block(const FlashView *view, float *scratch, const AttentionShape *s, size_t n)
+{
+    size_t bh = n / blocks_of_a_head(s), b = bh / s->heads, h = bh % s->heads;
+    int t = (int)(n % blocks_of_a_head(s)) * FLASH_ROWS;
+    size_t head = b * view->k_batch + h * view->k_head;
+    FlashBlock block = {
+        .s = s, .b = (int)b, .k = view->k + head, .v = view->v + head, .key_step = view->k_token};
+    block.rows = smaller(FLASH_ROWS, s->tokens - t);
+    for (int r = 0; r < block.rows; r++)
+        block.row[r] = (FlashRow){
+            .q = view->q + b * view->q_batch + h * view->q_head + (size_t)(t + r) * view->q_token,
+            .out = view->out + b * view->out_batch + h * view->out_head + (size_t)(t + r) * view->out_token,
+            .lse = view->lse ? view->lse + lse_index(s, (int)b, (int)h, t + r) : NULL,
+            .h = (int)h,
+            .t = t + r,
+        };
+    flash_begin(&block, scratch);
+    flash_attend_allowed(&block);
+    flash_finish(&block);
+}
+
+void flash_attention(const FlashView *view, float *scratch, const AttentionShape *s)
+{
+    size_t blocks = (size_t)s->batch * s->heads * blocks_of_a_head(s);
+#pragma omp parallel for schedule(dynamic)
+    for (int i = 0; i < FLASH_TASKS; i++)
+        for (size_t n = flash_task(i, blocks); n < flash_task(i + 1, blocks); n++)
+            attend_block(view, scratch + i * flash_scratch(s->head_size), s, n);
+}
+
+int flash_tiled_simd_workspace(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = flash_view_scratch(s);
+    return 1;
+}
+
+void flash_tiled_simd(const Tensors *t, const AttentionShape *s)
+{
+    FlashView view = {
+        .q = t->q,
+        .k = t->k,
+        .v = t->v,
+        .out = t->out,
+        .lse = t->lse,
+        .q_token = s->head_size,
+        .q_head = query_row(s, 0, 0, s->tokens),
+        .q_batch = query_row(s, 1, 0, 0),
+        .k_token = s->head_size,
+        .k_head = key_row(s, 0, 0, s->key_tokens),
+        .k_batch = key_row(s, 1, 0, 0),
+        .out_token = s->head_size,
+        .out_head = query_row(s, 0, 0, s->tokens),
+        .out_batch = query_row(s, 1, 0, 0),
+    };
+    flash_attention(&view, t->workspace[0], s);
+}
