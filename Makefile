@@ -82,7 +82,7 @@ TESTS    := $(BUILD)/common/test $(CHAPTERS:%=$(BUILD)/%/test)
 $(BUILD)/common/test: $(call objects,$(filter-out common/test_chapter.c,$(wildcard common/test_*.c))) $(COMMON_LIBRARY)
 	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS) -lcriterion
 
-.PHONY: all tests test demo figures setup clean format
+.PHONY: all tests test demo figures fuzz setup clean format
 all: $(PROGRAMS)
 tests: $(PROGRAMS) $(TESTS)
 
@@ -105,6 +105,27 @@ test:
 
 figures:
 	@sh common/figures.sh
+
+# libFuzzer on what reads foreign bytes. FUZZ_SECONDS each, side by side.
+FUZZ_SECONDS ?= 60
+FUZZERS := $(BUILD)/fuzz/npy $(BUILD)/fuzz/einsum
+FUZZ_FLAGS := -std=c11 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -D_GNU_SOURCE -Icommon
+$(BUILD)/fuzz/npy: common/fuzz_npy.c common/npy.c
+	@mkdir -p $(@D)
+	clang $(FUZZ_FLAGS) -o $@ $^ -lm
+$(BUILD)/fuzz/einsum: 05_einsum_style/fuzz_einsum.c 05_einsum_style/einsum.c common/matmul.c common/error.c
+	@mkdir -p $(@D)
+	clang $(FUZZ_FLAGS) -Wno-unknown-pragmas -o $@ $^ -lm
+fuzz: $(FUZZERS)
+	@mkdir -p $(FUZZERS:%=%-corpus)
+	@for f in $(FUZZERS); do \
+	    ( cd $(BUILD)/fuzz && timeout $$(($(FUZZ_SECONDS) + 60)) ./$$(basename $$f) -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 \
+	        $$(basename $$f)-corpus > $$(basename $$f).log 2>&1; echo $$? > $$(basename $$f).status ) & \
+	done; wait; \
+	for f in $(FUZZERS); do \
+	    grep -E 'number_of_executed_units|ERROR|SUMMARY' $$f.log | sed "s|^|$$(basename $$f): |"; \
+	    [ "$$(cat $$f.status)" = 0 ] || { tail -n 30 $$f.log; exit 1; }; \
+	done
 
 format:
 	clang-format -i $$(git ls-files '*.c' '*.h')

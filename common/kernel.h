@@ -1,5 +1,6 @@
-/* A kernel is one row of a table: what it takes, what memory it needs, and the function to call. common/ draws or reads its
- * inputs, allocates its outputs and workspace (counting every byte), checks it against the oracle, times it. */
+/* A kernel is one row of a table: what it takes, what memory it needs, and the function to call. common/
+ * draws or reads its inputs, allocates its outputs and workspace (counting every byte), checks it against the
+ * oracle, times it. */
 #ifndef COMMON_KERNEL_H
 #define COMMON_KERNEL_H
 
@@ -11,13 +12,13 @@ enum { MAX_BUFFERS = 8, MAX_PARAMETERS = 512 };
 
 /* What a kernel reads and writes. Pointers that do not concern it are NULL. */
 typedef struct {
-    const float *q, *k, *v;                  /* cores: (B,NH,T,HS), (B,NKV,TK,HS) twice */
-    const float *x;                          /* modules: (B,T,C) */
-    const float *parameter[MAX_PARAMETERS];  /* modules: in the order their parameters() drew them */
-    float *out;                              /* cores (B,NH,T,HS), modules (B,T,C_out) */
-    float *lse;                              /* cores: (B,NH,T) */
-    float *weights;                          /* as Kernel.weights says */
-    float *workspace[MAX_BUFFERS];           /* as Kernel.workspace asked, 64-byte aligned, uninitialised */
+    const float *q, *k, *v;                 /* cores: (B,NH,T,HS), (B,NKV,TK,HS) twice */
+    const float *x;                         /* modules: (B,T,C) */
+    const float *parameter[MAX_PARAMETERS]; /* modules: in the order their parameters() drew them */
+    float *out;                             /* cores (B,NH,T,HS), modules (B,T,C_out) */
+    float *lse;                             /* cores: (B,NH,T) */
+    float *weights;                         /* as Kernel.weights says */
+    float *workspace[MAX_BUFFERS];          /* as Kernel.workspace asked, 64-byte aligned, uninitialised */
 } Tensors;
 
 /* A module's parameters, drawn one after another from one generator as its PyTorch constructor does. */
@@ -41,14 +42,23 @@ void add_rand(Parameters *p, const char *name, int rows, int columns);
 void skip_randn(Parameters *p, size_t n);
 
 typedef enum { TAKES_QKV, TAKES_X } Takes;
-typedef enum { WEIGHTS_NONE, WEIGHTS_PER_HEAD /* (B,NH,T,TK) */, WEIGHTS_AVERAGED /* (B,T,TK) */ } WeightsKept;
+typedef enum {
+    WEIGHTS_NONE,
+    WEIGHTS_PER_HEAD /* (B,NH,T,TK) */,
+    WEIGHTS_AVERAGED /* (B,T,TK) */
+} WeightsKept;
 typedef enum {
     DROPOUT_NONE,           /* refuses --dropout */
     DROPOUT_STREAM,         /* apply_dropout(s->dropout_stream, ..) over (B,NH,T,TK) in memory order */
     DROPOUT_STREAM_BY_HEAD, /* the same, all of head 0's (B,T,TK) first: a stack of single heads */
     DROPOUT_POSITION,       /* dropout_keeps(s->dropout_seed, row, key, p) */
 } DropoutKind;
-typedef enum { OWN_MASK_NONE, OWN_MASK_CAUSAL, OWN_MASK_FUTURE, OWN_MASK_OPTION /* --mask, causal if not given */ } OwnMask;
+typedef enum {
+    OWN_MASK_NONE,
+    OWN_MASK_CAUSAL,
+    OWN_MASK_FUTURE,
+    OWN_MASK_OPTION /* --mask, causal if not given */
+} OwnMask;
 
 /* Sizes that stand in for what the command line does not say. 0: not set. */
 typedef struct {
@@ -63,23 +73,25 @@ typedef struct Kernel {
     const char *what; /* half a line for --help */
     Takes takes;
     void (*forward)(const Tensors *t, const AttentionShape *s);
-    /* Fills floats[] with the number of floats of each workspace buffer and returns how many buffers. NULL: none. */
+    /* Fills floats[] with the number of floats of each workspace buffer and returns how many buffers. NULL:
+     * none. */
     int (*workspace)(const AttentionShape *s, size_t floats[MAX_BUFFERS]);
     WeightsKept weights;
     DropoutKind dropout;
-    bool grouped; /* takes NKV < NH */
-    bool tiled;   /* --tile concerns it */
-    bool blocked; /* --block concerns it */
+    bool grouped;             /* takes NKV < NH */
+    bool tiled;               /* --tile concerns it */
+    bool blocked;             /* --block concerns it */
     const Defaults *defaults; /* used when no size is given on the command line; NULL: the book's */
-    /* Why it cannot do this shape, as "takes one head, not --heads 3", to stand behind "error: kernel NAME "; NULL: it can. */
+    /* Why it cannot do this shape, as "takes one head, not --heads 3", to stand behind "error: kernel NAME ";
+     * NULL: it can. */
     const char *(*refuses)(const AttentionShape *s);
 
     /* Modules only. */
     OwnMask own_mask;
-    bool unscaled; /* scale is 1, not 1 / sqrt(HS) */
+    bool unscaled;                                              /* scale is 1, not 1 / sqrt(HS) */
     void (*parameters)(Parameters *p, const AttentionShape *s); /* NULL: it has none */
-    /* Fills module: its query, key, value arrays have room for NH (NKV) entries and are zero-initialised; set module->query
-     * to NULL for a module without projections. */
+    /* Fills module: its query, key, value arrays have room for NH (NKV) entries and are zero-initialised; set
+     * module->query to NULL for a module without projections. */
     void (*describe)(OracleModule *module, OracleLinear *query, OracleLinear *key, OracleLinear *value,
                      const Tensors *t, const AttentionShape *s);
 } Kernel;

@@ -13,8 +13,9 @@
 
 typedef struct RandomStream RandomStream;
 
-/* Which keys a query sees. Masks with T != TK are aligned bottom-right, as in FlashAttention 2: query q stands at
- * place p = q + TK - T among the keys. A mask with p < 0 for some rows leaves those rows nothing to attend to. */
+/* Which keys a query sees. Masks with T != TK are aligned bottom-right, as in FlashAttention 2: query q
+ * stands at place p = q + TK - T among the keys. A mask with p < 0 for some rows leaves those rows nothing to
+ * attend to. */
 typedef enum {
     MASK_NONE,
     MASK_CAUSAL,       /* kv <= p */
@@ -23,35 +24,38 @@ typedef enum {
     MASK_LOCAL_GLOBAL, /* |p - kv| < W or kv < G or p < G */
     MASK_DILATED,      /* 0 <= p - kv < W*D and (p - kv) % D == 0 */
     MASK_DOCUMENTS,    /* the same document and kv <= p */
-    MASK_FUTURE,       /* kv > p: what the notebook's sixth implementation really computes; no option names it */
+    MASK_FUTURE, /* kv > p: what the notebook's sixth implementation really computes; no option names it */
 } MaskKind;
 
 typedef struct {
     MaskKind kind;
-    int width;           /* W or P */
-    int extra;           /* G or D */
-    const int *document; /* MASK_DOCUMENTS: (TK), the number of the document each position belongs to, ascending */
+    int width; /* W or P */
+    int extra; /* G or D */
+    const int
+        *document; /* MASK_DOCUMENTS: (TK), the number of the document each position belongs to, ascending */
 } Mask;
 
 typedef struct AttentionShape {
     int batch, tokens, key_tokens;
     int heads, kv_heads, head_size;
-    int embed, embed_out; /* modules: the width of x, and of all heads together (heads * head_size); cores: 0 */
-    float scale;          /* score = scale * q.k + bias */
+    int embed,
+        embed_out; /* modules: the width of x, and of all heads together (heads * head_size); cores: 0 */
+    float scale;   /* score = scale * q.k + bias */
     Mask mask;
     bool causal;           /* --causal, on top of the mask: what all of them allow */
     const int *lengths;    /* (B): the valid keys of each batch entry; NULL: all of them */
     const float *bias;     /* added to the scaled score, -inf forbids; NULL: none */
     size_t bias_stride[4]; /* of its axes B, NH, T, TK; 0 where it is broadcast */
     float dropout;         /* 0 <= p < 1 */
-    RandomStream *dropout_stream; /* kernels that materialise the weights draw from it, as PyTorch does on a CPU */
-    uint64_t dropout_seed;        /* tiled kernels draw by position from this seed: see dropout_keeps() */
-    int tile_rows, tile_columns;  /* Br, Bc of the plain tiled kernels */
-    int block;                    /* the block mask's block */
+    RandomStream
+        *dropout_stream;   /* kernels that materialise the weights draw from it, as PyTorch does on a CPU */
+    uint64_t dropout_seed; /* tiled kernels draw by position from this seed: see dropout_keeps() */
+    int tile_rows, tile_columns; /* Br, Bc of the plain tiled kernels */
+    int block;                   /* the block mask's block */
 } AttentionShape;
 
-/* One past the last key that row t of batch entry b can see: what a loop over the keys need not pass. Causality and
- * padding are in it; attends() has the last word on each pair below it. */
+/* One past the last key that row t of batch entry b can see: what a loop over the keys need not pass.
+ * Causality and padding are in it; attends() has the last word on each pair below it. */
 static inline int keys_end(const AttentionShape *s, int b, int t)
 {
     int end = s->lengths ? s->lengths[b] : s->key_tokens;
@@ -79,22 +83,16 @@ static inline bool attends(const AttentionShape *s, int b, int h, int t, int t2)
     if (s->causal && distance < 0)
         return false;
     switch (mask->kind) {
-    case MASK_NONE:
-        return true;
-    case MASK_CAUSAL:
-        return distance >= 0;
-    case MASK_WINDOW:
-        return distance >= 0 && distance < mask->width;
-    case MASK_PREFIX:
-        return t2 < mask->width || distance >= 0;
+    case MASK_NONE: return true;
+    case MASK_CAUSAL: return distance >= 0;
+    case MASK_WINDOW: return distance >= 0 && distance < mask->width;
+    case MASK_PREFIX: return t2 < mask->width || distance >= 0;
     case MASK_LOCAL_GLOBAL:
         return (distance < mask->width && -distance < mask->width) || t2 < mask->extra || place < mask->extra;
     case MASK_DILATED:
         return distance >= 0 && distance / mask->extra < mask->width && distance % mask->extra == 0;
-    case MASK_DOCUMENTS:
-        return distance >= 0 && mask->document[place] == mask->document[t2];
-    case MASK_FUTURE:
-        return distance < 0;
+    case MASK_DOCUMENTS: return distance >= 0 && mask->document[place] == mask->document[t2];
+    case MASK_FUTURE: return distance < 0;
     }
     return false;
 }
@@ -111,8 +109,8 @@ static inline float bias_at(const AttentionShape *s, int b, int h, int t, int t2
     return s->bias ? s->bias[b * stride[0] + h * stride[1] + t * stride[2] + t2 * stride[3]] : 0.0f;
 }
 
-/* Where a row of HS numbers starts: query (b, h, t) in q or out; key (b, h, t2) in k or v, h counted over the query's
- * heads: a group of NH / NKV query heads shares one key/value head. */
+/* Where a row of HS numbers starts: query (b, h, t) in q or out; key (b, h, t2) in k or v, h counted over the
+ * query's heads: a group of NH / NKV query heads shares one key/value head. */
 static inline size_t query_row(const AttentionShape *s, int b, int h, int t)
 {
     return (((size_t)b * s->heads + h) * s->tokens + t) * s->head_size;
@@ -148,13 +146,13 @@ static inline size_t weights_count(const AttentionShape *s)
     return lse_count(s) * s->key_tokens;
 }
 
-/* NULL if the sizes make sense, else what is wrong, ready to stand behind "error: " (a static buffer). Every size is
- * at least 1, heads are a multiple of kv_heads, and no count of elements nears SIZE_MAX. */
+/* NULL if the sizes make sense, else what is wrong, ready to stand behind "error: " (a static buffer). Every
+ * size is at least 1, heads are a multiple of kv_heads, and no count of elements nears SIZE_MAX. */
 const char *validate_shape(const AttentionShape *s);
 
-/* Reads "causal", "window:W", "prefix:P", "local-global:W:G", "dilated:W:D" or "documents:L1,L2,..". Returns NULL, or
- * what is wrong (a static buffer). For documents, *document is set to a malloc'ed array of *document_tokens numbers
- * (the lengths' sum), which the caller frees; else it is set to NULL. */
+/* Reads "causal", "window:W", "prefix:P", "local-global:W:G", "dilated:W:D" or "documents:L1,L2,..". Returns
+ * NULL, or what is wrong (a static buffer). For documents, *document is set to a malloc'ed array of
+ * *document_tokens numbers (the lengths' sum), which the caller frees; else it is set to NULL. */
 const char *parse_mask(Mask *mask, const char *text, int **document, int *document_tokens);
 
 /* The mask as parse_mask reads it, for titles and TSV rows: "none", "causal", "window:256+lengths", ... */

@@ -1,0 +1,56 @@
+#!/bin/sh
+# Draws the charts of a folder of measurements (build/demo, or the chapters' measured/ folders): charts.sh FOLDER
+# FOLDER holds common/notebook.tsv, 06_online_softmax/tokens.tsv and so on; each chart lands beside its TSV as SVG and PNG.
+set -u
+folder=$1
+if ! command -v gnuplot > /dev/null 2>&1; then
+    echo "No charts: gnuplot is missing; install gnuplot-nox and type make demo again."
+    exit 0
+fi
+tmp=$(mktemp -d) || exit 1
+trap 'rm -rf "$tmp"' EXIT
+
+# column FILE NAME: a column's values
+column() { awk -F '\t' -v name="$2" 'NR == 1 { for (i = 1; i <= NF; i++) at[$i] = i; next } { print $at[name] }' "$1"; }
+machine_of() { column "$1" machine | head -n 1; }
+threads_of() { n=$(column "$1" threads | head -n 1); [ "$n" = 1 ] && echo "1 thread" || echo "$n threads"; }
+
+notebook=$folder/common/notebook.tsv
+if [ -f "$notebook" ]; then
+    peers=$folder/common/pytorch.tsv
+    [ -f "$peers" ] || peers=/dev/null
+    awk -F '\t' -v OFS='\t' -v ours="$notebook" '
+        BEGIN {
+            split("wrapper split-heads packed-qkv einsum sdpa sdpa-mask torch-mha torch-mha-noweights flex", order, " ")
+        }
+        FNR == 1 { for (i = 1; i <= NF; i++) at[$i] = i; next }
+        FILENAME == ours { ms[$at["kernel"]] = $at["ms_median"]; next }
+        { peer[$at["kernel"], $at["kernel_set"]] = $at["ms_median"] }
+        END {
+            for (i = 1; i <= 9; i++)
+                if (order[i] in ms)
+                    print i, "\"" i " " order[i] "\"", ms[order[i]], value(order[i], "installed"), value(order[i], "forced")
+        }
+        function value(kernel, set) { return (kernel, set) in peer ? peer[kernel, set] : "nan" }
+    ' "$peers" "$notebook" | tr '\t' ' ' > "$tmp/bars"
+    gnuplot -e "data='$tmp/bars'; output='$folder/common/notebook'; machine='$(machine_of "$notebook"), $(threads_of "$notebook")'; peers=$([ "$peers" = /dev/null ] && echo 0 || echo 1); title_text='Nine ways to multi-head attention: 8 x 1024 tokens x 768, 12 heads'" common/notebook.gp || exit 1
+fi
+
+# over_tokens FOLDER KERNELS TITLE
+over_tokens() {
+    tsv=$folder/$1/tokens.tsv
+    [ -f "$tsv" ] || return 0
+    gnuplot -e "data='$tsv'; output='$folder/$1/tokens'; kernels='$2'; machine='$(machine_of "$tsv"), $(threads_of "$tsv")'; title_text='$3'" common/tokens.gp || exit 1
+}
+over_tokens 06_online_softmax "materialised online" "Attention over T: 4 heads of 64, causal"
+over_tokens 07_flash_tiled "materialised tiled simd" "Attention over T: 4 heads of 64, causal"
+over_tokens 09_block_sparse "materialised dense-mask block-sparse simd" "Attention over T: 4 heads of 64, window of 256 keys"
+
+decode=$folder/08_gqa/decode.tsv
+if [ -f "$decode" ]; then
+    gnuplot -e "data='$decode'; output='$folder/08_gqa/decode'; machine='$(machine_of "$decode")'; title_text='The next token: with a KV cache, and recomputing everything'" common/decode.gp || exit 1
+fi
+masks=$folder/09_block_sparse/masks.tsv
+if [ -f "$masks" ]; then
+    gnuplot -e "data='$masks'; output='$folder/09_block_sparse/masks'" common/masks.gp || exit 1
+fi

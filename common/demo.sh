@@ -1,0 +1,63 @@
+#!/bin/sh
+# make demo: the nine stories, the notebook's timings, time over T, and the charts; everything lands in build/demo.
+set -u
+build=${BUILD:-build}
+demo=$build/demo
+status=0
+began=$(date +%s)
+
+say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+[ -t 1 ] || say() { printf '\n%s\n' "$*"; }
+
+rm -rf "$demo"
+mkdir -p "$demo/common"
+for program in "$build"/0*/run; do
+    mkdir -p "$demo/$(basename "$(dirname "$program")")"
+done
+
+for program in "$build"/0*/run; do
+    chapter=$(basename "$(dirname "$program")")
+    say "== $chapter: ./run"
+    { "$program"; echo $? > "$demo/status"; } | tee "$demo/$chapter/story.txt"
+    [ "$(cat "$demo/status")" = 0 ] || status=1
+done
+rm -f "$demo/status"
+
+# bench CHAPTER TSV OPTIONS..: times into a TSV; says so, and goes on, where it fails
+bench() {
+    chapter=$1 tsv=$demo/$2
+    shift 2
+    "$build/$chapter/run" --bench --tsv "$tsv" "$@" > "$demo/log" || { cat "$demo/log"; status=1; }
+}
+
+say "== The notebook's nine implementations, 8 x 1024 tokens x 768, 12 heads, forward"
+notebook="--batch 8 --tokens 1024 --embed 768 --heads 12 --repeat 5"
+for kernel in 03_multihead_wrapper:wrapper 04_packed_qkv:split-heads 04_packed_qkv:packed-qkv 05_einsum_style:einsum \
+    07_flash_tiled:sdpa 07_flash_tiled:sdpa-mask 04_packed_qkv:torch-mha 07_flash_tiled:torch-mha-noweights 09_block_sparse:flex; do
+    bench "${kernel%:*}" common/notebook.tsv $notebook --kernel "${kernel#*:}"
+done
+sh common/notebook_table.sh "$demo/common/notebook.tsv"
+
+say "== Time over T, 4 heads of 64"
+for tokens in 128 256 512 1024 2048 4096; do
+    repeat=$((tokens > 1024 ? 3 : 7))
+    size="--heads 4 --tokens $tokens --head-size 64 --repeat $repeat"
+    bench 06_online_softmax 06_online_softmax/tokens.tsv $size --causal
+    for kernel in materialised tiled simd; do
+        bench 07_flash_tiled 07_flash_tiled/tokens.tsv $size --causal --kernel $kernel
+    done
+    bench 07_flash_tiled 09_block_sparse/tokens.tsv $size --mask window:256 --kernel materialised
+    for kernel in dense-mask block-sparse simd; do
+        bench 09_block_sparse 09_block_sparse/tokens.tsv $size --mask window:256 --kernel $kernel
+    done
+    printf '  T = %s done\n' "$tokens"
+done
+"$build/08_gqa/run" decode --tsv "$demo/08_gqa/decode.tsv" || status=1
+"$build/09_block_sparse/run" mask --tsv "$demo/09_block_sparse/masks.tsv" > "$demo/log" || { cat "$demo/log"; status=1; }
+rm -f "$demo/log"
+
+sh common/charts.sh "$demo" || status=1
+say "Done in $(($(date +%s) - began)) s. Tables and charts:"
+find "$demo" -name '*.png' -o -name '*.svg' -o -name '*.tsv' | sort | sed 's/^/  /'
+[ $status = 0 ] && echo "All numbers hold." || echo "Something above did not hold: look for ✗ or error." >&2
+exit $status

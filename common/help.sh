@@ -1,0 +1,27 @@
+#!/bin/sh
+# What `make` alone prints: what there is to type, and what was found on this machine.
+set -u
+build=${BUILD:-build}
+mark() { [ -n "$2" ] && echo "  ✓ $1: $2" || echo "  ✗ $1: none; $3"; }
+value() { sed -n "s/^$1 := *//p" "$build/config.mk" 2> /dev/null; }
+
+cat << 'TEXT'
+Attention in C, step by step
+
+  make demo         everything: set-up, build, nine stories, timings, charts (about 4 minutes)
+  make chapter-7    build one chapter (1 to 9; make 7 is the same), then:
+    ./run             its story: published numbers beside ours, one timing
+    ./run --help      its kernels and options
+    ./run --check     its kernels against the oracle over the ugly shapes
+  make test         every test
+  make figures      after make demo: keep its tables and charts, rewrite the READMEs' blocks
+  make clean        remove what was built
+
+Found on this machine:
+TEXT
+mark "C compiler" "$(${CC:-cc} --version 2> /dev/null | head -n 1)" "install gcc or clang"
+mark "threads" "$([ -n "$(value OPENMP_LIBS)" ] && echo OpenMP)" "kernels run on one core; install libomp-dev for clang"
+mark "matrix products" "$(value BLAS_NAME)" "plain C loops stand in; install libopenblas-openmp-dev"
+mark "charts" "$(command -v gnuplot > /dev/null && gnuplot --version)" "install gnuplot-nox"
+mark "tests" "$([ -n "$(value HAVE_CRITERION)" ] && echo Criterion)" "install libcriterion-dev"
+mark "CUDA compiler" "$(command -v nvcc > /dev/null && nvcc --version | sed -n 's/.*release \([^,]*\).*/nvcc \1/p')" "not needed: the chapters run on the CPU"

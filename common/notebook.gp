@@ -1,0 +1,41 @@
+# The notebook's speed chart: implementations 1 to 9 as bars. Variables: data (number, label, ms, PyTorch ms or nan, forced ms
+# or nan), output (without ending), machine, peers (1 where PyTorch's columns are filled), title_text.
+set encoding utf8
+set style data boxes
+set boxwidth (peers ? 0.27 : 0.6)
+set style fill solid 1.0 noborder
+set grid ytics lc rgb "#dddddd"
+set border 3 lc rgb "#555555"
+set tics nomirror textcolor rgb "#333333"
+set xtics rotate by -35 left
+set ylabel "milliseconds, forward (shorter is better)"
+set title title_text . "\n" . machine noenhanced
+set yrange [0:*]
+set offsets 0.3, 0.6, 0, 0
+set rmargin 6
+unset key
+ours = "#1b6ca8"; installed = "#d9853b"; forced = "#8a8a8a"
+set label 1 "this book" at graph 0.985, 0.95 right textcolor rgb ours
+if (peers) {
+    set label 2 "PyTorch as installed" at graph 0.985, 0.89 right textcolor rgb installed
+    set label 3 "PyTorch, MKL's fast path forced" at graph 0.985, 0.83 right textcolor rgb forced
+}
+do for [ending in "svg png"] {
+    if (ending eq "svg") {
+        set terminal svg size 960,540 font "DejaVu Sans,13" background rgb "white" noenhanced
+    } else {
+        set terminal pngcairo size 960,540 font "DejaVu Sans,11" background rgb "white" noenhanced
+    }
+    set output output . "." . ending
+    if (peers) {
+        plot data using ($1-0.28):3 lc rgb ours, \
+             data using ($1-0.28):3:(sprintf("%.0f", $3)) with labels offset 0,0.6 font ",9" textcolor rgb ours, \
+             data using 1:4:xtic(2) lc rgb installed, \
+             data using 1:4:(sprintf("%.0f", $4)) with labels offset 0,0.6 font ",9" textcolor rgb installed, \
+             data using ($1+0.28):5 lc rgb forced, \
+             data using ($1+0.28):5:(sprintf("%.0f", $5)) with labels offset 0,0.6 font ",9" textcolor rgb forced
+    } else {
+        plot data using 1:3:xtic(2) lc rgb ours, \
+             data using 1:3:(sprintf("%.0f", $3)) with labels offset 0,0.6 textcolor rgb ours
+    }
+}

@@ -1,0 +1,144 @@
+#!/bin/sh
+# Finds what is missing on this machine and installs it through the system's package manager when it may (as root, or with
+# a sudo that asks no password); else prints the one command to type. Goes on without what is optional.
+#
+#   setup.sh          for make demo: a C compiler, a CBLAS, gnuplot
+#   setup.sh tests    also Criterion
+#   setup.sh ci       also make, git, clang with its sanitizers and fuzzer, clang-format
+#
+# SETUP=no skips all of it.
+set -u
+want=${1:-demo}
+[ "${SETUP:-yes}" = no ] && exit 0
+
+has() { command -v "$1" > /dev/null 2>&1; }
+
+tmp=$(mktemp -d) || exit 1
+trap 'rm -rf "$tmp"' EXIT
+
+# Looks at the machine anew: what is there (for people), what is missing (for the package manager).
+look() {
+    found= missing=
+    compiler=${CC:-cc}
+    if has "$compiler" && printf '#include <stdio.h>\nint main(void) { return 0; }\n' > "$tmp/a.c" &&
+        "$compiler" -o "$tmp/a" "$tmp/a.c" 2> /dev/null; then
+        found="$found compiler"
+        CC=$compiler sh common/probe.sh > "$tmp/config"
+        if grep -q BLAS_NAME "$tmp/config"; then found="$found blas"; else missing="$missing blas"; fi
+        if [ "$want" != demo ]; then
+            if grep -q HAVE_CRITERION "$tmp/config"; then found="$found criterion"; else missing="$missing criterion"; fi
+        fi
+    else
+        missing="$missing compiler blas"
+        [ "$want" = demo ] || missing="$missing criterion"
+    fi
+    if has gnuplot; then found="$found gnuplot"; else missing="$missing gnuplot"; fi
+    if [ "$want" = ci ]; then
+        for tool in make git clang clang-format; do
+            if has $tool; then found="$found $tool"; else missing="$missing $tool"; fi
+        done
+        if has clang; then
+            printf 'int main(void) { return 0; }\n' > "$tmp/a.c"
+            if clang -fsanitize=address,undefined -o "$tmp/a" "$tmp/a.c" 2> /dev/null &&
+                printf '#include <omp.h>\nint main(void) { return 0; }\n' > "$tmp/a.c" &&
+                clang -fopenmp -o "$tmp/a" "$tmp/a.c" 2> /dev/null; then
+                found="$found clang-libraries"
+            else
+                missing="$missing clang-libraries"
+            fi
+        else
+            missing="$missing clang-libraries"
+        fi
+    fi
+}
+
+# Which packages bring them, by package manager.
+packages() {
+    for part in $missing; do
+        case "$1:$part" in
+        apt-get:compiler) echo gcc libc6-dev ;;
+        apt-get:blas) echo libopenblas-openmp-dev ;;
+        apt-get:criterion) echo libcriterion-dev ;;
+        apt-get:gnuplot) echo gnuplot-nox fonts-dejavu-core ;;
+        apt-get:clang-libraries) echo libomp-dev; [ -z "$(apt-cache policy libclang-rt-dev 2> /dev/null | grep 'Candidate: [0-9]')" ] || echo libclang-rt-dev ;;
+        dnf:compiler) echo gcc glibc-devel ;;
+        dnf:blas) echo openblas-devel ;;
+        dnf:criterion) echo libcriterion-devel ;;
+        dnf:clang-libraries) echo libomp-devel compiler-rt ;;
+        dnf:clang-format) echo clang-tools-extra ;;
+        pacman:compiler) echo gcc ;;
+        pacman:blas) echo openblas ;;
+        pacman:criterion) ;; # not in its official repositories
+        pacman:clang-libraries) echo openmp ;;
+        pacman:clang-format) echo clang ;;
+        brew:compiler) echo gcc ;;
+        brew:blas) ;; # Accelerate is part of macOS
+        brew:clang-libraries) echo libomp ;;
+        *) echo "$part" ;;
+        esac
+    done | tr '\n' ' ' | sed 's/ $//'
+}
+
+say_what() {
+    for part in $found; do echo "  ✓ $part"; done
+    for part in $missing; do
+        case $part in
+        compiler) echo "  ✗ compiler    a C compiler: nothing works without one" ;;
+        blas) echo "  ✗ blas        OpenBLAS: matrix products several times faster than the plain loops that stand in" ;;
+        gnuplot) echo "  ✗ gnuplot     draws the charts" ;;
+        criterion) echo "  ✗ criterion   runs the tests" ;;
+        *) echo "  ✗ $part" ;;
+        esac
+    done
+}
+
+echo "Looking for what the chapters need:"
+look
+say_what
+if [ -n "$missing" ]; then
+    manager=
+    for candidate in apt-get dnf pacman brew; do
+        has $candidate && manager=$candidate && break
+    done
+    list=$(packages "$manager")
+    case $manager in
+    apt-get) command="apt-get install -y $list" ;;
+    dnf) command="dnf install -y $list" ;;
+    pacman) command="pacman -S --noconfirm $list" ;;
+    brew) command="brew install $list" ;;
+    *) command= ;;
+    esac
+    root=
+    if [ "$manager" = brew ] || [ "$(id -u)" = 0 ]; then
+        allowed=yes
+    elif has sudo && sudo -n true 2> /dev/null; then
+        allowed=yes root="sudo -n "
+    else
+        allowed=no
+    fi
+    if [ -z "$command" ] || [ -z "$list" ]; then
+        echo "No package manager that this script knows has them; install by hand what is marked ✗."
+    elif [ $allowed = no ]; then
+        echo "To install what is missing, type:  sudo $command"
+    else
+        echo "Installing: $list"
+        if [ "$manager" = apt-get ]; then
+            command="env DEBIAN_FRONTEND=noninteractive $command"
+            ${root}apt-get update -q > "$tmp/log" 2>&1
+        fi
+        if $root$command >> "$tmp/log" 2>&1 < /dev/null; then
+            look
+            say_what
+        else
+            tail -n 5 "$tmp/log" >&2
+            echo "That did not work; going on without. The command was: $root$command"
+        fi
+    fi
+fi
+case " $missing " in
+*" compiler "*)
+    echo "error: no C compiler works here; install one (gcc or clang) and type make again" >&2
+    exit 3
+    ;;
+esac
+exit 0
