@@ -17,8 +17,9 @@ typedef struct {
 Timing summarise(double *ms, int n);
 double median(double *values, int n); /* sorts them */
 
-/* GFLOP/s of a burst of independent float32 multiply-adds on `threads` threads at once, about `ms` milliseconds long,
- * as wide as this build's vectors are. Take bursts right before and after what is timed: clocks wander. */
+/* GFLOP/s of a burst of independent float32 multiply-adds on `threads` threads at once, about `ms`
+ * milliseconds long, as wide as this build's vectors are. Take bursts right before and after what is timed:
+ * clocks wander. */
 double peak_burst_gflops(int threads, double ms);
 
 /* The machine's name for charts and TSV rows: $MACHINE, or the processor's name and the number of cores. */
@@ -37,12 +38,13 @@ typedef struct {
     const char *checked; /* "all" or "sample" */
 } BenchmarkRow;
 
-/* Appends the row to the file, with the header line first when the file is new or empty. A file whose first line is another
- * header is refused. Returns NULL, or what is wrong (one line, a static buffer). */
+/* Appends the row to the file, with the header line first when the file is new or empty. A file whose first
+ * line is another header is refused. Returns NULL, or what is wrong (one line, a static buffer). */
 const char *check_tsv(const char *path); /* could a row be appended? asked before anything is computed */
 const char *append_tsv(const char *path, const BenchmarkRow *row);
 
-/* For people, on stdout: kernel, median, spread, GFLOP/s, percent of peak, memory, error. Header line first. */
+/* For people, on stdout: kernel, median, spread, GFLOP/s, percent of peak, memory, error. Header line first.
+ */
 void print_row_header(void);
 void print_row(const BenchmarkRow *row);
 

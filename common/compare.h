@@ -6,23 +6,25 @@
 #include <stddef.h>
 
 typedef struct {
-    double relative_l2; /* |ours - expected| / |expected|, L2 norms; |ours| itself where expected is all zero */
-    double max_abs;     /* the largest |ours - expected| */
-    size_t nan_count;   /* NaN in ours, plus NaN in expected */
+    double
+        relative_l2;  /* |ours - expected| / |expected|, L2 norms; |ours| itself where expected is all zero */
+    double max_abs;   /* the largest |ours - expected| */
+    size_t nan_count; /* NaN in ours, plus NaN in expected */
     size_t count;
-    size_t first_bad; /* the first element that is NaN, infinite where it should not be, or off by more than allowed;
-                         count if there is none */
+    size_t first_bad; /* the first element that is NaN, infinite where it should not be, or off by more than
+                         allowed; count if there is none */
     double tolerance;
     bool passed;
 } Comparison;
 
-/* ours[i] against expected[i]. Passes if relative_l2 <= tolerance, no element is off by more than 50 * tolerance *
- * (1 + the largest finite |expected|), and nothing is NaN. An infinity matches the same infinity only, and is left
- * out of the norms. */
+/* ours[i] against expected[i]. Passes if relative_l2 <= tolerance, no element is off by more than 50 *
+ * tolerance * (1 + the largest finite |expected|), and nothing is NaN. An infinity matches the same infinity
+ * only, and is left out of the norms. */
 Comparison compare(const float *ours, const double *expected, size_t count, double tolerance);
 
-/* The tolerance, written down once: for ordinary scores 1e-5 in float, and room for long sums of many keys; a score of
- * size s carries an error of s * 2^-24 into the exponent, with room for the dot product that made it. */
+/* The tolerance, written down once: for ordinary scores 1e-5 in float, and room for long sums of many keys; a
+ * score of size s carries an error of s * 2^-24 into the exponent, with room for the dot product that made
+ * it. */
 double tolerance_f32(int key_tokens, double largest_score);
 
 /* "L2 3.1e-07, max 4.8e-07, 0 NaN" or, when it failed, also the tolerance and the first bad index. */

@@ -4,7 +4,8 @@
 
 #include <stddef.h>
 
-/* n floats, 64-byte aligned, uninitialised; free() them. Ends the program with exit 3 where there is no room. */
+/* n floats, 64-byte aligned, uninitialised; free() them. Ends the program with exit 3 where there is no room.
+ */
 float *allocate_floats(size_t n);
 
 /* n zeroed elements of `size` bytes; likewise. */

@@ -8,29 +8,31 @@
 /* Attention for chosen query rows, or for all.
  *   rows          count row numbers (b*NH + h)*T + t; NULL: all B*NH*T rows in order (count is then ignored)
  *   out           (count, HS)   written; NULL: not wanted
- *   lse           (count)       written; NULL: not wanted; -inf for a row with nothing to attend to (its out is zero)
- *   weights       (count, TK)   written; NULL: not wanted; after dropout
- *   q, k, v       (B,NH,T,HS), (B,NKV,TK,HS) twice
- *   keep          dropout's mask (B,NH,T,TK), 1 = stays; NULL: s->dropout is drawn by position (dropout_keeps), or is 0
- * Returns the largest |score| among allowed pairs, which the tolerance needs. */
-double oracle_attention(double *out, double *lse, double *weights, const size_t *rows, size_t count, const float *q,
-                        const float *k, const float *v, const uint8_t *keep, const AttentionShape *s);
+ *   lse           (count)       written; NULL: not wanted; -inf for a row with nothing to attend to (its out
+ * is zero) weights       (count, TK)   written; NULL: not wanted; after dropout q, k, v       (B,NH,T,HS),
+ * (B,NKV,TK,HS) twice keep          dropout's mask (B,NH,T,TK), 1 = stays; NULL: s->dropout is drawn by
+ * position (dropout_keeps), or is 0 Returns the largest |score| among allowed pairs, which the tolerance
+ * needs. */
+double oracle_attention(double *out, double *lse, double *weights, const size_t *rows, size_t count,
+                        const float *q, const float *k, const float *v, const uint8_t *keep,
+                        const AttentionShape *s);
 
-/* y[o] = sum over i of weight[o * stride_out + i * stride_in] * x[i], plus bias[o]: nn.Linear's weight (out, in) has
- * strides in, 1; a matrix that multiplies from the right, x @ W with W (in, out), has strides 1, out. */
+/* y[o] = sum over i of weight[o * stride_out + i * stride_in] * x[i], plus bias[o]: nn.Linear's weight (out,
+ * in) has strides in, 1; a matrix that multiplies from the right, x @ W with W (in, out), has strides 1, out.
+ */
 typedef struct {
     const float *weight, *bias; /* bias may be NULL */
     size_t stride_out, stride_in;
 } OracleLinear;
 
-/* A module: projections, attention, head-concatenation, output projections. A kernel that takes x describes itself
- * in these terms, and so is judged without its own arithmetic. */
+/* A module: projections, attention, head-concatenation, output projections. A kernel that takes x describes
+ * itself in these terms, and so is judged without its own arithmetic. */
 typedef struct {
-    const OracleLinear *query;       /* (NH): per head, HS outputs from C inputs; NULL: x itself (then HS = C) */
+    const OracleLinear *query; /* (NH): per head, HS outputs from C inputs; NULL: x itself (then HS = C) */
     const OracleLinear *key, *value; /* (NKV) */
     OracleLinear output[2];          /* applied in turn to the concatenated heads, each C_out to C_out */
     int outputs;                     /* how many of them: 0, 1 or 2 */
-    double rope_theta;               /* rotary embedding of q and k (dimension i paired with i + HS/2); 0: none */
+    double rope_theta; /* rotary embedding of q and k (dimension i paired with i + HS/2); 0: none */
 } OracleModule;
 
 /* The module's output for chosen rows b*T + t of out (B,T,C_out), or for all.
@@ -38,12 +40,15 @@ typedef struct {
  *   weights       (count, TK), averaged over the heads, or (count, NH, TK) with per_head; NULL: not wanted
  *   x             (B,T,C), queries, keys and values alike (TK = T)
  *   keep          as above
- * Returns the largest |score|. Memory: q, k, v in double, of the batch entries that the rows name, one at a time. */
-double oracle_module(double *out, double *weights, bool per_head, const size_t *rows, size_t count, const float *x,
-                     const OracleModule *module, const uint8_t *keep, const AttentionShape *s);
+ * Returns the largest |score|. Memory: q, k, v in double, of the batch entries that the rows name, one at a
+ * time. */
+double oracle_module(double *out, double *weights, bool per_head, const size_t *rows, size_t count,
+                     const float *x, const OracleModule *module, const uint8_t *keep,
+                     const AttentionShape *s);
 
-/* Chooses up to `wanted` of `rows` row numbers, ascending and distinct: for each of a few slabs of `tokens` rows the
- * first, the last and those beside tile edges (15, 16, 63, 64, 127, 128), the rest by a fixed seed. Returns how many. */
+/* Chooses up to `wanted` of `rows` row numbers, ascending and distinct: for each of a few slabs of `tokens`
+ * rows the first, the last and those beside tile edges (15, 16, 63, 64, 127, 128), the rest by a fixed seed.
+ * Returns how many. */
 size_t sample_rows(size_t *chosen, size_t wanted, size_t rows, int tokens);
 
 #endif
