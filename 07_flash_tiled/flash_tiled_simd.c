@@ -3,6 +3,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "random.h"
+
 #define INLINE static inline __attribute__((always_inline))
 
 static const float log2e = 1.44269504f;
@@ -322,29 +324,14 @@ void flash_attention(const FlashView *view, float *scratch, const AttentionShape
             attend_block(view, scratch + i * flash_scratch(s->head_size), s, n);
 }
 
-int flash_tiled_simd_workspace(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+void attention_simd(float *out, float *lse, float *scratch, const float *q, const float *k, const float *v,
+                    const AttentionShape *s)
 {
-    floats[0] = flash_view_scratch(s);
-    return 1;
-}
-
-void flash_tiled_simd(const Tensors *t, const AttentionShape *s)
-{
-    FlashView view = {
-        .q = t->q,
-        .k = t->k,
-        .v = t->v,
-        .out = t->out,
-        .lse = t->lse,
-        .q_token = s->head_size,
-        .q_head = query_row(s, 0, 0, s->tokens),
-        .q_batch = query_row(s, 1, 0, 0),
-        .k_token = s->head_size,
-        .k_head = key_row(s, 0, 0, s->key_tokens),
-        .k_batch = key_row(s, 1, 0, 0),
-        .out_token = s->head_size,
-        .out_head = query_row(s, 0, 0, s->tokens),
-        .out_batch = query_row(s, 1, 0, 0),
-    };
-    flash_attention(&view, t->workspace[0], s);
+    FlashView view = {.q = q, .k = k, .v = v, .out = out, .lse = lse};
+    view.q_token = view.k_token = view.out_token = s->head_size;
+    view.q_head = view.out_head = query_row(s, 0, 1, 0);
+    view.q_batch = view.out_batch = query_row(s, 1, 0, 0);
+    view.k_head = key_row(s, 0, 1, 0);
+    view.k_batch = key_row(s, 1, 0, 0);
+    flash_attention(&view, scratch, s);
 }

@@ -16,7 +16,7 @@
 #define FLASH_TILED_SIMD_H
 
 #include "flash_vectors.h"
-#include "kernel.h"
+#include "shape.h"
 
 enum {
     FLASH_ROWS =
@@ -110,8 +110,8 @@ typedef struct {
 void flash_attention(const FlashView *view, float *scratch, const AttentionShape *s);
 size_t flash_view_scratch(const AttentionShape *s);
 
-/* The kernel `simd`: contiguous q (B,NH,T,HS), k and v (B,NH,TK,HS), out (B,NH,T,HS), lse (B,NH,T). */
-void flash_tiled_simd(const Tensors *t, const AttentionShape *s);
-int flash_tiled_simd_workspace(const AttentionShape *s, size_t floats[MAX_BUFFERS]);
+/* The same for contiguous q (B,NH,T,HS), k and v (B,NH,TK,HS), out (B,NH,T,HS), lse (B,NH,T). */
+void attention_simd(float *out, float *lse, float *scratch, const float *q, const float *k, const float *v,
+                    const AttentionShape *s);
 
 #endif

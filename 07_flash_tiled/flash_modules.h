@@ -1,0 +1,29 @@
+/* The notebook's modules whose attention is flash attention: its implementations 5, 6 and 8. */
+#ifndef FLASH_MODULES_H
+#define FLASH_MODULES_H
+
+#include "shape.h"
+
+/* One packed projection, attention, a projection: implementation 5, causal, and 6, which with its mask sees
+ * the future only. The mask is s->mask. Dropout is drawn by position.
+ *
+ *   out                      (B,T,C_out)     written
+ *   qkv                      (B,T,3*C_out)   written: each token's queries, then its keys, then its values,
+ * NH heads of HS each context                  (B,T,C_out)     written: the heads side by side scratch
+ * flash_view_scratch(s) floats x                        (B,T,C)         read qkv_weight (3*C_out,C)     read
+ *   proj_weight, proj_bias   (C_out,C_out), (C_out)   read */
+void sdpa_module(float *out, float *qkv, float *context, float *scratch, const float *x,
+                 const float *qkv_weight, const float *proj_weight, const float *proj_bias,
+                 const AttentionShape *s);
+
+/* nn.MultiheadAttention(bias=False) with need_weights=False, then a projection: implementation 8. C_out = C.
+ *
+ *   attended         (B,T,C)   written: context * inner_weight^T, what nn.MultiheadAttention returns
+ *   in_proj_weight   (3*C,C)   read
+ *   inner_weight     (C,C)     read: its own out_proj.weight
+ *   the others as above */
+void torch_mha_module(float *out, float *qkv, float *context, float *attended, float *scratch, const float *x,
+                      const float *in_proj_weight, const float *inner_weight, const float *proj_weight,
+                      const float *proj_bias, const AttentionShape *s);
+
+#endif

@@ -1,0 +1,202 @@
+/* Chapter 7: flash attention in tiles. Its kernels, and its story. */
+#include "chapter.h"
+#include "flash_modules.h"
+#include "flash_tiled.h"
+#include "flash_tiled_simd.h"
+#include "memory.h"
+
+#include <math.h>
+#include <stdio.h>
+
+/* ---- Kernels that take q, k and v ---- */
+
+static void forward_materialised(const Tensors *t, const AttentionShape *s)
+{
+    attention_materialised(t->out, t->lse, t->weights, t->q, t->k, t->v, s);
+}
+
+static int workspace_tiled(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = floats[1] = lse_count(s);
+    floats[2] = tile_scores(s);
+    return 3;
+}
+
+static void forward_tiled(const Tensors *t, const AttentionShape *s)
+{
+    float *m = t->workspace[0], *l = t->workspace[1], *scores = t->workspace[2];
+    attention_tiled(t->out, t->lse, m, l, scores, t->q, t->k, t->v, s);
+}
+
+static int workspace_simd(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = flash_view_scratch(s);
+    return 1;
+}
+
+static void forward_simd(const Tensors *t, const AttentionShape *s)
+{
+    attention_simd(t->out, t->lse, t->workspace[0], t->q, t->k, t->v, s);
+}
+
+/* ---- Modules ---- */
+
+enum { QKV, CONTEXT, SCRATCH, ATTENDED }; /* their workspace */
+
+static int workspace_sdpa(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    size_t row = (size_t)s->batch * s->tokens * s->embed_out;
+    floats[QKV] = 3 * row;
+    floats[CONTEXT] = row;
+    floats[SCRATCH] = flash_view_scratch(s);
+    return 3;
+}
+
+static int workspace_torch_mha(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    workspace_sdpa(s, floats);
+    floats[ATTENDED] = floats[CONTEXT];
+    return 4;
+}
+
+static void parameters_sdpa(Parameters *p, const AttentionShape *s)
+{
+    add_linear(p, "qkv", 3 * s->embed_out, s->embed, false);
+    add_linear(p, "proj", s->embed_out, s->embed_out, true);
+}
+
+static void forward_sdpa(const Tensors *t, const AttentionShape *s)
+{
+    sdpa_module(t->out, t->workspace[QKV], t->workspace[CONTEXT], t->workspace[SCRATCH], t->x,
+                t->parameter[0], t->parameter[1], t->parameter[2], s);
+}
+
+/* The inner out_proj is drawn before in_proj_weight, which comes from xavier_uniform: see
+ * nn.MultiheadAttention. */
+static void parameters_torch_mha(Parameters *p, const AttentionShape *s)
+{
+    int C = s->embed;
+    add_linear(p, "multihead_attn.out_proj", C, C, false);
+    add_uniform(p, "multihead_attn.in_proj_weight", 3 * C, C, xavier_bound(C, 3 * C));
+    add_linear(p, "proj", C, C, true);
+}
+
+static void forward_torch_mha(const Tensors *t, const AttentionShape *s)
+{
+    torch_mha_module(t->out, t->workspace[QKV], t->workspace[CONTEXT], t->workspace[ATTENDED],
+                     t->workspace[SCRATCH], t->x, t->parameter[1], t->parameter[0], t->parameter[2],
+                     t->parameter[3], s);
+}
+
+static const char *needs_embed_out_equal(const AttentionShape *s)
+{
+    static char reason[96];
+    snprintf(reason, sizeof reason, "takes --embed-out %d, as wide as --embed, not %d", s->embed,
+             s->embed_out);
+    return s->embed == s->embed_out ? NULL : reason;
+}
+
+/* For the oracle: head h's queries, keys and values are rows h*HS .. of the thirds of a packed weight
+ * (3*C_out,C). */
+static void describe_packed(OracleLinear *query, OracleLinear *key, OracleLinear *value, const float *weight,
+                            const AttentionShape *s)
+{
+    size_t third = (size_t)s->embed_out * s->embed, head = (size_t)s->head_size * s->embed;
+    for (int h = 0; h < s->heads; h++) {
+        query[h] = (OracleLinear){.weight = weight + h * head, .stride_out = s->embed, .stride_in = 1};
+        key[h] = value[h] = query[h];
+        key[h].weight += third;
+        value[h].weight += 2 * third;
+    }
+}
+
+static OracleLinear describe_linear(const float *weight, const float *bias, const AttentionShape *s)
+{
+    return (OracleLinear){.weight = weight, .bias = bias, .stride_out = s->embed_out, .stride_in = 1};
+}
+
+static void describe_sdpa(OracleModule *module, OracleLinear *query, OracleLinear *key, OracleLinear *value,
+                          const Tensors *t, const AttentionShape *s)
+{
+    describe_packed(query, key, value, t->parameter[0], s);
+    module->output[0] = describe_linear(t->parameter[1], t->parameter[2], s);
+    module->outputs = 1;
+}
+
+static void describe_torch_mha(OracleModule *module, OracleLinear *query, OracleLinear *key,
+                               OracleLinear *value, const Tensors *t, const AttentionShape *s)
+{
+    describe_packed(query, key, value, t->parameter[1], s);
+    module->output[0] = describe_linear(t->parameter[0], NULL, s);
+    module->output[1] = describe_linear(t->parameter[2], t->parameter[3], s);
+    module->outputs = 2;
+}
+
+static const Kernel kernels[] = {
+    {.name = "materialised",
+     .what = "the T x TK matrix in memory, softmax over it",
+     .takes = TAKES_QKV,
+     .forward = forward_materialised,
+     .weights = WEIGHTS_PER_HEAD,
+     .dropout = DROPOUT_STREAM},
+    {.name = "tiled",
+     .what = "flash attention in plain C: tiles of queries by keys, no matrix",
+     .takes = TAKES_QKV,
+     .forward = forward_tiled,
+     .workspace = workspace_tiled,
+     .dropout = DROPOUT_POSITION,
+     .tiled = true},
+    {.name = "simd",
+     .what = "the same with vectors of queries, tiles in registers",
+     .takes = TAKES_QKV,
+     .forward = forward_simd,
+     .workspace = workspace_simd,
+     .dropout = DROPOUT_POSITION},
+    {.name = "sdpa",
+     .what = "implementation 5: one packed projection, scaled_dot_product_attention(is_causal=True)",
+     .takes = TAKES_X,
+     .forward = forward_sdpa,
+     .workspace = workspace_sdpa,
+     .dropout = DROPOUT_POSITION,
+     .own_mask = OWN_MASK_CAUSAL,
+     .parameters = parameters_sdpa,
+     .describe = describe_sdpa},
+    {.name = "sdpa-mask",
+     .what = "implementation 6: the same with a mask tensor, which makes each query see later keys only",
+     .takes = TAKES_X,
+     .forward = forward_sdpa,
+     .workspace = workspace_sdpa,
+     .dropout = DROPOUT_POSITION,
+     .own_mask = OWN_MASK_FUTURE,
+     .parameters = parameters_sdpa,
+     .describe = describe_sdpa},
+    {.name = "torch-mha-noweights",
+     .what = "implementation 8: nn.MultiheadAttention(need_weights=False)",
+     .takes = TAKES_X,
+     .forward = forward_torch_mha,
+     .workspace = workspace_torch_mha,
+     .dropout = DROPOUT_POSITION,
+     .refuses = needs_embed_out_equal,
+     .own_mask = OWN_MASK_CAUSAL,
+     .parameters = parameters_torch_mha,
+     .describe = describe_torch_mha},
+    {0},
+};
+
+static void story(Story *story)
+{
+    (void)story;
+}
+
+const Chapter chapter = {
+    .number = 7,
+    .title = "Flash attention in tiles",
+    .folder = "07_flash_tiled",
+    .kernels = kernels,
+    .story = story,
+};
+
+int main(int argc, char **argv)
+{
+    return chapter_main(argc, argv, &chapter);
+}
