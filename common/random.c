@@ -99,17 +99,14 @@ static void normal4(float out[4], const uint32_t word[4])
     }
 }
 
-/* What one launch of PyTorch's kernel writes. Of its T threads, thread t takes elements t, t + T, t + 2T, ..
- * and draws four numbers at a time, so that a tensor of up to T elements uses only the first of each four. */
+/* What one launch of PyTorch's kernel writes. Of the T threads that fit on the GPU at once, thread t takes
+ * elements t, t + T, t + 2T, .. and draws four numbers at a time. A tensor of up to T elements uses only the
+ * first of each four, and so comes out the same for every T. */
 static void launch(RandomStream *stream, float *out, size_t n,
                    void (*four)(float out[4], const uint32_t word[4]))
 {
-    if (n == 0)
-        return;
-    size_t blocks = (n - 1) / 256 + 1;
-    size_t blocks_at_once =
-        (size_t)stream->multiprocessors * (size_t)(stream->threads_per_multiprocessor / 256);
-    size_t threads = 256 * (blocks < blocks_at_once ? blocks : blocks_at_once);
+    int blocks = stream->multiprocessors * (stream->threads_per_multiprocessor / 256);
+    size_t threads = 256 * (size_t)blocks;
 
     for (size_t start = 0; start < n; start += 4 * threads) {
         for (size_t t = 0; t < threads && start + t < n; t++) {

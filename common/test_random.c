@@ -641,6 +641,24 @@ Test(random, dropout_keeps_depends_on_seed_row_and_key)
         cr_assert(differ[i] > 400 && differ[i] < 600, "%zu: %d of 1000", i, differ[i]);
 }
 
+/* u >= p stays, so that p = 0 keeps even u = 0. Some words are floats exactly, and show on which side the
+ * line is. */
+Test(random, dropout_keeps_draws_the_line_at_p)
+{
+    int exact = 0;
+    for (int key = 0; key < 10000; key++) {
+        uint32_t word[4];
+        philox4x32(word, (uint32_t[4]){(uint32_t)key / 4, 7, 0, 0x64726F70}, 123);
+        float u = (float)word[key % 4] * 0x1p-32f;
+        if ((double)u != word[key % 4] * 0x1p-32)
+            continue;
+        exact++;
+        cr_assert(dropout_keeps(123, 7, key, u));
+        cr_assert_not(dropout_keeps(123, 7, key, nextafterf(u, 2)));
+    }
+    cr_assert(exact > 10);
+}
+
 Test(random, dropout_keeps_its_share)
 {
     const float ps[] = {0, 0.1f, 0.5f, 0.9f};
