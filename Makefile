@@ -82,7 +82,7 @@ TESTS    := $(BUILD)/common/test $(CHAPTERS:%=$(BUILD)/%/test)
 $(BUILD)/common/test: $(call objects,$(filter-out common/test_chapter.c,$(wildcard common/test_*.c))) $(COMMON_LIBRARY)
 	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS) -lcriterion
 
-.PHONY: all tests test demo figures fuzz setup clean format
+.PHONY: all tests test demo figures peers fuzz setup clean format
 all: $(PROGRAMS)
 tests: $(PROGRAMS) $(TESTS)
 
@@ -105,6 +105,11 @@ test:
 
 figures:
 	@sh common/figures.sh
+
+# PyTorch's own bars beside ours, where a Python with PyTorch is at hand.
+PYTHON ?= python3
+peers: all
+	@$(PYTHON) common/pytorch_peers.py && sh common/charts.sh $(BUILD)/demo
 
 # libFuzzer on what reads foreign bytes. FUZZ_SECONDS each, side by side.
 FUZZ_SECONDS ?= 60

@@ -15,10 +15,10 @@ set offsets 0.3, 0.6, 0, 0
 set rmargin 6
 unset key
 ours = "#1b6ca8"; installed = "#d9853b"; forced = "#8a8a8a"
-set label 1 "this book" at graph 0.985, 0.95 right textcolor rgb ours
+set label 1 "this book" at screen 0.98, 0.97 right textcolor rgb ours
 if (peers) {
-    set label 2 "PyTorch as installed" at graph 0.985, 0.89 right textcolor rgb installed
-    set label 3 "PyTorch, MKL's fast path forced" at graph 0.985, 0.83 right textcolor rgb forced
+    set label 2 "PyTorch as installed" at screen 0.98, 0.93 right textcolor rgb installed
+    set label 3 "PyTorch, MKL forced fast" at screen 0.98, 0.89 right textcolor rgb forced
 }
 do for [ending in "svg png"] {
     if (ending eq "svg") {
