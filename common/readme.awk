@@ -117,6 +117,59 @@ function link_lines(s,    out, start, stop, tag, name, n, link) {
     return out s
 }
 
+# The value of a column in the first row of a TSV where all conditions hold.
+function lookup(name, column, where,    line, fields, place, conditions, c, pair, i, keep, value, found) {
+    c = split(where, conditions, ",")
+    if ((getline line < file_at(name)) <= 0) {
+        fail(file_at(name) " cannot be read")
+        return 0
+    }
+    for (i = split(line, fields, "\t"); i > 0; i--)
+        place[fields[i]] = i
+    while (!found && (getline line < file_at(name)) > 0) {
+        split(line, fields, "\t")
+        keep = 1
+        for (i = 1; i <= c; i++) {
+            split(conditions[i], pair, "=")
+            if (!(pair[1] in place) || fields[place[pair[1]]] != pair[2])
+                keep = 0
+        }
+        if (keep) {
+            value = fields[place[column]]
+            found = 1
+        }
+    }
+    close(file_at(name))
+    if (!found || !(column in place))
+        fail(file_at(name) " has no " column " where " where)
+    return value
+}
+
+# Three significant digits, and no fewer than the whole number has.
+function short(value) {
+    return value >= 100 ? sprintf("%.0f", value) : sprintf("%.3g", value)
+}
+
+function fill_values(s,    out, start, stop, close_at, tag, word, value) {
+    out = ""
+    while (match(s, /<!--(value|ratio) /)) {
+        start = RSTART
+        stop = index(substr(s, start), "-->") + start - 1
+        close_at = index(s, "<!--/-->")
+        if (stop < start || close_at < stop) {
+            fail("a value or ratio without --> or <!--/-->")
+            break
+        }
+        tag = substr(s, start, stop - start + 3)
+        split(substr(tag, 5, length(tag) - 7), word, " ")
+        value = word[1] == "value" ? lookup(word[2], word[3], word[4]) :
+            lookup(word[2], word[3], word[4]) / lookup(word[2], word[3], word[5])
+        out = out substr(s, 1, start - 1) tag short(value) "<!--/-->"
+        s = substr(s, close_at + 8)
+    }
+    return out s
+}
+
 inside && /^<!-- end -->$/ {
     inside = 0
 }
@@ -124,7 +177,7 @@ inside {
     next
 }
 {
-    print link_lines($0)
+    print fill_values(link_lines($0))
 }
 /^<!-- listing: / {
     print "```c"

@@ -10,6 +10,8 @@
 #   <!-- output: FILE -->                     all of FILE; with "FROM" "TO" those lines
 #   <!-- table: FILE column,column [where column=value[,column=value]] -->     columns of a TSV, as a table
 # And anywhere in a line:
+#   <!--value FILE COLUMN WHERE-->12.3<!--/-->            a number from a TSV, from the first row where column=value,.. holds
+#   <!--ratio FILE COLUMN WHERE WHERE-->4.5<!--/-->       one row's number over another's
 #   <!--at FILE "TEXT"-->[FILE:1](FILE#L1)    the link is set to the first line of FILE that holds TEXT
 set -u
 status=0
