@@ -155,14 +155,15 @@ Test(einsum, random_specifications_equal_sums_in_double)
     int products = 0, wanted = 3000;
     for (int i = 0; i < wanted; i++) {
         char text[64];
+        EinsumWords words;
         do
             random_specification(text);
-        while (einsum_parse(&(EinsumWords){""}, text)); /* a word of more than eight was cut short */
+        while (einsum_parse(&words, text)); /* a word of more than eight letters was cut short */
         for (int c = 0; c < 128; c++)
             size_of_letter[c] = 1 + random_below(5);
         products += holds(text, i % 2, i % 3 == 0);
     }
-    cr_expect(products > wanted / 4 && products < wanted * 3 / 4, "%d of %d were matrix products", products,
+    cr_expect(products > wanted / 5 && products < wanted * 4 / 5, "%d of %d were matrix products", products,
               wanted);
 }
 
