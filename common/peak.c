@@ -1,0 +1,59 @@
+#include "benchmark.h"
+
+#include <string.h>
+
+/* As wide as this build's vectors are. */
+#if defined(__AVX512F__)
+enum { VECTOR_BYTES = 64 };
+#elif defined(__AVX__)
+enum { VECTOR_BYTES = 32 };
+#else
+enum { VECTOR_BYTES = 16 };
+#endif
+
+/* A multiply-add takes about 4 cycles and up to 4 begin in each (2 on x86): this many must be under way at
+ * once, and all of them must stay in registers, 16 or 32 of them. */
+#ifdef __aarch64__
+enum { CHAINS = 16 };
+#else
+enum { CHAINS = 12 };
+#endif
+
+typedef float Vector __attribute__((vector_size(VECTOR_BYTES)));
+enum { LANES = VECTOR_BYTES / sizeof(float), STEPS = 4096 };
+
+/* STEPS multiply-adds on each of CHAINS vectors. The sums settle at 1: nothing overflows, nothing becomes
+ * denormal. */
+static __attribute__((noinline)) void multiply_adds(Vector *sums)
+{
+    const Vector half = (Vector){0} + 0.5f;
+    Vector c[CHAINS];
+    memcpy(c, sums, sizeof c);
+    for (int step = 0; step < STEPS; step++)
+        for (int i = 0; i < CHAINS; i++)
+            c[i] = c[i] * half + half;
+    memcpy(sums, c, sizeof c);
+}
+
+static double one_thread_gflops(double ms)
+{
+    Vector sums[CHAINS];
+    memset(sums, 0, sizeof sums);
+    multiply_adds(sums); /* wakes the clock and the vector units */
+    double start = now(), seconds, rounds = 0;
+    do {
+        multiply_adds(sums);
+        rounds++;
+        seconds = now() - start;
+    } while (seconds < 1e-3 * ms);
+    return rounds * 2.0 * STEPS * CHAINS * LANES / seconds * 1e-9;
+}
+
+double peak_burst_gflops(int threads, double ms)
+{
+    double gflops = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : gflops)
+    gflops += one_thread_gflops(ms);
+    (void)threads; /* without OpenMP there is one */
+    return gflops;
+}

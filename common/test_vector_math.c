@@ -1,0 +1,89 @@
+/* fast_exp against the math library's exp in double, in loops that the compiler may turn into vectors. */
+#include "vector_math.h"
+
+#include <criterion/criterion.h>
+#include <math.h>
+
+enum { MANY = 1 << 16 };
+
+static void exp_of_many(float *out, const float *x, int n)
+{
+    for (int i = 0; i < n; i++)
+        out[i] = fast_exp(x[i]);
+}
+
+/* The error in units of the last place of the float nearest to e^x. */
+static double error_in_ulps(float ours, float x)
+{
+    double expected = exp(x);
+    return fabs(ours - expected) / ldexp(1, ilogb((float)expected) - 23);
+}
+
+static void expect_within_2_ulps(double from, double to, int count)
+{
+    static float x[MANY], out[MANY];
+    for (int first = 0; first < count; first += MANY) {
+        int n = count - first < MANY ? count - first : MANY;
+        for (int i = 0; i < n; i++)
+            x[i] = (float)(from + (to - from) * (first + i) / (count - 1));
+        exp_of_many(out, x, n);
+        for (int i = 0; i < n; i++)
+            if (!(error_in_ulps(out[i], x[i]) <= 2))
+                cr_assert_fail("fast_exp(%.9g) is %.9g, not %.9g", x[i], out[i], exp(x[i]));
+    }
+}
+
+Test(vector_math, fast_exp_is_within_2_ulps_over_its_whole_range)
+{
+    expect_within_2_ulps(-87, 88, 5000000);
+}
+
+Test(vector_math, fast_exp_is_within_2_ulps_of_1_near_0)
+{
+    expect_within_2_ulps(-1, 1, 1000000);
+    expect_within_2_ulps(-1e-6, 1e-6, 100000);
+    expect_within_2_ulps(-1e-40, 1e-40, 1000);
+}
+
+/* Half-way between two multiples of log 2 the remainder is largest, and the rounding may go either way. */
+Test(vector_math, fast_exp_is_within_2_ulps_where_the_integer_changes)
+{
+    for (int n = -125; n < 126; n++) {
+        float x = (float)((n + 0.5) * 0.69314718055994531), y = x;
+        for (int step = 0; step < 100; step++) {
+            cr_assert(error_in_ulps(fast_exp(x), x) <= 2, "fast_exp(%.9g) is %.9g", x, fast_exp(x));
+            cr_assert(error_in_ulps(fast_exp(y), y) <= 2, "fast_exp(%.9g) is %.9g", y, fast_exp(y));
+            x = nextafterf(x, 100), y = nextafterf(y, -100);
+        }
+    }
+}
+
+Test(vector_math, fast_exp_at_its_ends)
+{
+    const float x[] = {0.0f,      -0.0f, -87.0f, nextafterf(-87, -88), -88, -103, -1e4f, -3e38f,
+                       -INFINITY, NAN,   -NAN};
+    float out[11];
+    exp_of_many(out, x, 11);
+    cr_assert(out[0] == 1 && out[1] == 1);
+    cr_assert(out[2] > 0);
+    for (int i = 3; i < 9; i++)
+        cr_assert(out[i] == 0 && !signbit(out[i]), "fast_exp(%g) is %g", x[i], out[i]);
+    cr_assert(isnan(out[9]) && isnan(out[10]));
+}
+
+/* A vector of numbers gets what each number alone gets: a masked neighbour or a NaN beside it changes
+ * nothing. */
+Test(vector_math, fast_exp_keeps_neighbours_apart)
+{
+    float x[67], out[67];
+    for (int i = 0; i < 67; i++)
+        x[i] = i % 3 == 0 ? -INFINITY : i % 7 == 0 ? NAN : -i * 0.7f;
+    exp_of_many(out, x, 67);
+    for (int i = 0; i < 67; i++)
+        if (i % 3 == 0)
+            cr_assert(out[i] == 0);
+        else if (i % 7 == 0)
+            cr_assert(isnan(out[i]));
+        else
+            cr_assert(error_in_ulps(out[i], x[i]) <= 2);
+}
