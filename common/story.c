@@ -37,28 +37,35 @@ void story_heading(Story *story, const char *format, ...)
     fflush(stdout);
 }
 
-/* Prints text in lines of at most WIDTH columns, each line behind `indent` spaces; bytes of UTF-8
- * continuations do not count. */
-static void print_wrapped(const char *text, int indent)
+/* Characters of UTF-8: its continuation bytes do not count. */
+static int columns_of(const char *text, size_t bytes)
+{
+    int columns = 0;
+    for (size_t i = 0; i < bytes; i++)
+        columns += (text[i] & 0xC0) != 0x80;
+    return columns;
+}
+
+/* Prints text as it stands, lines longer than WIDTH broken at a space. */
+static void print_wrapped(const char *text)
 {
     int column = 0;
-    for (const char *word = text; *word;) {
-        size_t length = strcspn(word, " \n");
-        int columns = 0;
-        for (size_t i = 0; i < length; i++)
-            columns += (word[i] & 0xC0) != 0x80;
-        if (column && column + 1 + columns > WIDTH - indent) {
+    while (*text) {
+        size_t spaces = strspn(text, " "), length = strcspn(text + spaces, " \n");
+        int columns = columns_of(text + spaces, length);
+        if (column && column + (int)spaces + columns > WIDTH) {
+            printf("\n");
+            column = spaces = 0;
+            text += strspn(text, " ");
+        }
+        fwrite(text, 1, spaces + length, stdout);
+        column += (int)spaces + columns;
+        text += spaces + length;
+        if (*text == '\n') {
             printf("\n");
             column = 0;
+            text++;
         }
-        column += printf("%*s", column ? 1 : indent, "") ? columns + (column ? 1 : 0) : 0;
-        fwrite(word, 1, length, stdout);
-        word += length;
-        if (*word == '\n') {
-            printf("\n");
-            column = 0;
-        }
-        word += *word != '\0';
     }
     printf("\n");
 }
@@ -71,7 +78,7 @@ void story_say(Story *story, const char *format, ...)
     va_start(arguments, format);
     vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
-    print_wrapped(text, 0);
+    print_wrapped(text);
     fflush(stdout);
 }
 
