@@ -1,0 +1,307 @@
+#include "chapter.h"
+#include "mistakes.h"
+#include "packed_qkv.h"
+
+static size_t tokens_of(const AttentionShape *s)
+{
+    return (size_t)s->batch * s->tokens;
+}
+
+/* nn.Linear's weight, or rows of it. */
+static OracleLinear from_rows(const float *weight, const float *bias, int inputs)
+{
+    return (OracleLinear){.weight = weight, .bias = bias, .stride_out = inputs, .stride_in = 1};
+}
+
+/* Head h's queries, keys and values: HS rows each of three matrices (C_out,C). */
+static void describe_heads(OracleLinear *query, OracleLinear *key, OracleLinear *value,
+                           const float *query_weight, const float *key_weight, const float *value_weight,
+                           const AttentionShape *s)
+{
+    for (int h = 0; h < s->heads; h++) {
+        size_t first = (size_t)h * s->head_size * s->embed;
+        query[h] = from_rows(query_weight + first, NULL, s->embed);
+        key[h] = from_rows(key_weight + first, NULL, s->embed);
+        value[h] = from_rows(value_weight + first, NULL, s->embed);
+    }
+}
+
+/* ---- split-heads ---- */
+
+static void draw_split(Parameters *p, const AttentionShape *s)
+{
+    add_linear(p, "W_query", s->embed_out, s->embed, false);
+    add_linear(p, "W_key", s->embed_out, s->embed, false);
+    add_linear(p, "W_value", s->embed_out, s->embed, false);
+    add_linear(p, "out_proj", s->embed_out, s->embed_out, true);
+}
+
+/* q, k, v, context */
+static int workspace_split(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = floats[1] = floats[2] = floats[3] = tokens_of(s) * s->embed_out;
+    return 4;
+}
+
+static void forward_split(const Tensors *t, const AttentionShape *s)
+{
+    const float *const *w = t->parameter;
+    split_heads(t->out, t->weights, t->workspace[0], t->workspace[1], t->workspace[2], t->workspace[3], t->x,
+                w[0], w[1], w[2], w[3], w[4], s);
+}
+
+static void describe_split(OracleModule *module, OracleLinear *query, OracleLinear *key, OracleLinear *value,
+                           const Tensors *t, const AttentionShape *s)
+{
+    const float *const *w = t->parameter;
+    describe_heads(query, key, value, w[0], w[1], w[2], s);
+    module->outputs = 1;
+    module->output[0] = from_rows(w[3], w[4], s->embed_out);
+}
+
+/* ---- packed-qkv ---- */
+
+static void draw_packed(Parameters *p, const AttentionShape *s)
+{
+    add_linear(p, "qkv", 3 * s->embed_out, s->embed, false);
+    add_linear(p, "proj", s->embed_out, s->embed_out, true);
+}
+
+/* qkv, context */
+static int workspace_packed(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = tokens_of(s) * 3 * s->embed_out;
+    floats[1] = tokens_of(s) * s->embed_out;
+    return 2;
+}
+
+static void forward_packed(const Tensors *t, const AttentionShape *s)
+{
+    const float *const *w = t->parameter;
+    packed_qkv(t->out, t->weights, t->workspace[0], t->workspace[1], t->x, w[0], w[1], w[2], s);
+}
+
+static void describe_packed(OracleModule *module, OracleLinear *query, OracleLinear *key, OracleLinear *value,
+                            const Tensors *t, const AttentionShape *s)
+{
+    const float *const *w = t->parameter;
+    size_t third = (size_t)s->embed_out * s->embed;
+    describe_heads(query, key, value, w[0], w[0] + third, w[0] + 2 * third, s);
+    module->outputs = 1;
+    module->output[0] = from_rows(w[1], w[2], s->embed_out);
+}
+
+/* ---- torch-mha ---- */
+
+static const char *refuses_another_width(const AttentionShape *s)
+{
+    return s->embed != s->embed_out ? "takes --embed-out equal to --embed" : NULL;
+}
+
+/* nn.MultiheadAttention's constructor makes its out_proj before it initialises in_proj_weight. */
+static void draw_torch_mha(Parameters *p, const AttentionShape *s)
+{
+    int C = s->embed;
+    add_linear(p, "multihead_attn.out_proj", C, C, false);
+    add_uniform(p, "multihead_attn.in_proj_weight", 3 * C, C, xavier_bound(C, 3 * C));
+    add_linear(p, "proj", C, C, true);
+}
+
+/* qkv, context, attended, the weights of every head */
+static int workspace_torch_mha(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    workspace_packed(s, floats);
+    floats[2] = floats[1];
+    floats[3] = weights_count(s);
+    return 4;
+}
+
+static void forward_torch_mha(const Tensors *t, const AttentionShape *s)
+{
+    const float *const *w = t->parameter;
+    torch_mha(t->out, t->weights, t->workspace[3], t->workspace[0], t->workspace[1], t->workspace[2], t->x,
+              w[1], w[0], w[2], w[3], s);
+}
+
+static void describe_torch_mha(OracleModule *module, OracleLinear *query, OracleLinear *key,
+                               OracleLinear *value, const Tensors *t, const AttentionShape *s)
+{
+    const float *const *w = t->parameter;
+    size_t third = (size_t)s->embed * s->embed;
+    describe_heads(query, key, value, w[1], w[1] + third, w[1] + 2 * third, s);
+    module->outputs = 2;
+    module->output[0] = from_rows(w[0], NULL, s->embed);
+    module->output[1] = from_rows(w[2], w[3], s->embed);
+}
+
+static const Defaults two_heads = {
+    .batch = 1, .tokens = 6, .embed = 3, .embed_out = 2, .heads = 2, .sentence = true};
+static const Defaults three_heads = {
+    .batch = 1, .tokens = 6, .embed = 3, .embed_out = 3, .heads = 3, .sentence = true};
+
+static const Kernel kernels[] = {
+    {.name = "split-heads",
+     .what = "three projections, heads split by strides: implementation 2",
+     .takes = TAKES_X,
+     .forward = forward_split,
+     .workspace = workspace_split,
+     .weights = WEIGHTS_PER_HEAD,
+     .dropout = DROPOUT_STREAM,
+     .defaults = &two_heads,
+     .own_mask = OWN_MASK_CAUSAL,
+     .parameters = draw_split,
+     .describe = describe_split},
+    {.name = "packed-qkv",
+     .what = "one projection three times as wide: implementation 3, nanoGPT's c_attn",
+     .takes = TAKES_X,
+     .forward = forward_packed,
+     .workspace = workspace_packed,
+     .weights = WEIGHTS_PER_HEAD,
+     .dropout = DROPOUT_STREAM,
+     .defaults = &two_heads,
+     .own_mask = OWN_MASK_CAUSAL,
+     .parameters = draw_packed,
+     .describe = describe_packed},
+    {.name = "torch-mha",
+     .what = "nn.MultiheadAttention returning averaged weights: implementation 7",
+     .takes = TAKES_X,
+     .forward = forward_torch_mha,
+     .workspace = workspace_torch_mha,
+     .weights = WEIGHTS_AVERAGED,
+     .dropout = DROPOUT_STREAM,
+     .defaults = &three_heads,
+     .refuses = refuses_another_width,
+     .own_mask = OWN_MASK_CAUSAL,
+     .parameters = draw_torch_mha,
+     .describe = describe_torch_mha},
+    {.name = NULL},
+};
+
+/* ---- The story ---- */
+
+/* MultiHeadAttention(3, 2, num_heads=2), seed 123: Raschka's chapter 3 notebook. */
+static const double published[6][2] = {
+    {.3190, .4858}, {.2943, .3897}, {.2856, .3593}, {.2693, .3873}, {.2639, .3928}, {.2575, .4028},
+};
+
+static void tell_published_numbers(Story *story)
+{
+    story_heading(story, "Three projections, split into two heads");
+    story_say(story, "\"Your journey starts with one step\": each W makes two numbers of a token's three, "
+                     "one for each head. "
+                     "Nothing is moved to split them; a head is a column.");
+    const StoryRun *split = story_run(story, "split-heads", "");
+    story_expect(story, "out, seed 123", split->t.out, &published[0][0], 6, 2);
+
+    story_heading(story, "One projection");
+    story_say(story, "The three matrices above one another are one matrix, and PyTorch draws the same "
+                     "numbers for it. So the "
+                     "packed module must print the same again:");
+    const StoryRun *packed = story_run(story, "packed-qkv", "");
+    story_expect(story, "out, seed 123", packed->t.out, &published[0][0], 6, 2);
+}
+
+/* From PyTorch 2.15 on a CPU: nn.MultiheadAttention(3, 3, bias=False) and nn.Linear(3, 3), seed 123. */
+static const double torch_out[6][3] = {
+    {.128593, .004675, -.062481}, {.288524, .072014, .015184}, {.342985, .094879, .041910},
+    {.321820, .078663, .062992},  {.327794, .079403, .073310}, {.318664, .073235, .078948},
+};
+static const double torch_weights[6][6] = {
+    {1},
+    {.503474, .496526},
+    {.336016, .331337, .332647},
+    {.249460, .246395, .247015, .257131},
+    {.197166, .195052, .195393, .203569, .208820},
+    {.163916, .161857, .162343, .170151, .177482, .164251},
+};
+
+static void tell_torch_mha(Story *story)
+{
+    story_heading(story, "nn.MultiheadAttention, three heads of one number");
+    story_say(story, "It draws its output projection before its packed one, and bounds the latter by the sum "
+                     "of both its sides. It "
+                     "returns one matrix of weights: the heads' average. Beside PyTorch's:");
+    const StoryRun *run = story_run(story, "torch-mha", "");
+    story_expect(story, "out, seed 123", run->t.out, &torch_out[0][0], 6, 3);
+    story_expect(story, "weights, averaged", run->t.weights, &torch_weights[0][0], 6, 6);
+}
+
+/* The SDPA notebook's c_attn cell: width 12, 2 heads, x (2,5,12). */
+static void tell_folded_batch(Story *story)
+{
+    enum { B = 2, T = 5, C = 12, NH = 2 };
+    static float context[B * T * C], weights[NH * (B * T) * (B * T)];
+    const StoryRun *run = story_run(story, "packed-qkv", "--batch 2 --tokens 5 --embed 12 --heads 2");
+    const float *qkv = run->t.workspace[0];
+
+    story_heading(story, "Mistake 1: view(1, -1, 2, 6) on a batch of two");
+    story_say(story, "The SDPA notebook's cell: width 12, 2 heads, x (2,5,12). chunk(3, -1) is columns 0-11, "
+                     "12-23 and 24-35 of "
+                     "the product: queries, keys, values. The view then makes one sequence of ten tokens of "
+                     "the two of five.");
+    AttentionShape wrong = folded_batch(&run->shape);
+    attend_heads(context, weights, qkv, qkv + C, qkv + 2 * C, 3 * C, &wrong);
+    double leaked = 0; /* head 0, row T: the first token of the second sequence */
+    for (int t2 = 0; t2 < T; t2++)
+        leaked += weights[T * (B * T) + t2];
+    story_claim(story, leaked > 0.01,
+                "the second sequence's first token gives %.0f%% of its attention to the first sequence",
+                100 * leaked);
+    float to_itself = run->t.weights[lse_index(&run->shape, 1, 0, 0) * T];
+    story_claim(story, to_itself == 1, "with view(2, -1, 2, 6) it gives %.0f%% to itself",
+                100 * (double)to_itself);
+
+    story_heading(story, "Mistake 2: head_dim = 12 // (2 * 3)");
+    wrong = third_of_a_head(&run->shape);
+    story_say(story,
+              "Dividing by 3 is right for the packed width 36, not for 12. Heads of %d instead of 6 are no "
+              "error: view's "
+              "-1 makes up for it with more tokens.",
+              wrong.head_size);
+    story_claim(story, wrong.tokens == 15, "5 tokens have become %d", wrong.tokens);
+}
+
+static void tell_without_transpose(Story *story)
+{
+    enum { T = 6, C = 2, NH = 2 };
+    float context[NH * T], weights[NH * T * T];
+    const StoryRun *run = story_run(story, "split-heads", "");
+    const float *q = run->t.workspace[0], *k = run->t.workspace[1], *v = run->t.workspace[2];
+
+    story_heading(story, "Mistake 3: view(B, NH, T, HS) without the transpose");
+    story_say(
+        story,
+        "The first token may see itself alone, so its context is its own value: of head 1 its value's first "
+        "number, "
+        "of head 2 the second. Read without the transpose, head 2 begins in the middle of the sentence.");
+    AttentionShape wrong = without_transpose(&run->shape);
+    attend_heads(context, weights, q, k, v, run->shape.head_size, &wrong);
+    const float *right = run->t.workspace[3];
+    story_claim(story, right[0] == v[0] && right[1] == v[1],
+                "token 1: context %.4f %.4f, its value %.4f %.4f", right[0], right[1], v[0], v[1]);
+    story_claim(story, context[T] == v[3 * C],
+                "without the transpose: %.4f %.4f, the second of them token 4's (value %.4f %.4f)",
+                context[0], context[T], v[3 * C], v[3 * C + 1]);
+}
+
+static void story(Story *story)
+{
+    tell_published_numbers(story);
+    tell_torch_mha(story);
+    tell_folded_batch(story);
+    tell_without_transpose(story);
+    story_time(story, "split-heads packed-qkv torch-mha", "--batch 8 --tokens 1024 --embed 768 --heads 12");
+}
+
+const Chapter chapter = {
+    .number = 4,
+    .title = "Many heads from one matrix",
+    .folder = "04_packed_qkv",
+    .kernels = kernels,
+    .story = story,
+};
+
+int main(int argc, char **argv)
+{
+    return chapter_main(argc, argv, &chapter);
+}
