@@ -201,7 +201,7 @@ static void story(Story *story)
     tell_refusals(story);
     tell_notebook(story);
     tell_hidden_mistake(story);
-    story_time(story, "einsum-loops einsum", "--batch 1");
+    story_time(story, "einsum-loops einsum", "--batch 1 --tokens 512");
 }
 
 const Chapter chapter = {
