@@ -1,0 +1,312 @@
+/* Chapter 2: the published numbers, straight from the functions, and each trap that the README tells. */
+#include "causal_attention.h"
+#include "chapter.h"
+#include "random.h"
+
+#include <criterion/criterion.h>
+#include <math.h>
+#include <string.h>
+
+static void expect_near(const float *ours, const double *expected, int n, double tolerance)
+{
+    for (int i = 0; i < n; i++) {
+        double difference = fabs((double)ours[i] - expected[i]);
+        cr_expect(difference <= tolerance, "element %d: %g, expected %g", i, (double)ours[i], expected[i]);
+    }
+}
+
+/* ---- A module small enough for arrays, in three versions of one signature. ---- */
+
+typedef void Module(float *, float *, float *, float *, float *, const float *, const float *, const float *,
+                    const float *, const AttentionShape *);
+static Module *const modules[3] = {attention_renormalise, attention_minus_inf, causal_attention};
+static const char *const names[3] = {"renormalise", "minus-inf", "causal"};
+
+enum { ROOM = 20000 };
+static float x[ROOM], w[3][ROOM], queries[ROOM], keys[ROOM], values[ROOM], weights[ROOM], out[ROOM];
+static AttentionShape s;
+
+static void run(Module *module)
+{
+    memset(out, 0xff, sizeof out); /* NaN */
+    memset(weights, 0xff, sizeof weights);
+    module(out, weights, queries, keys, values, x, w[0], w[1], w[2], &s);
+}
+
+static void set_up_shape(int batch, int tokens, int embed, int embed_out)
+{
+    s = (AttentionShape){.batch = batch,
+                         .tokens = tokens,
+                         .key_tokens = tokens,
+                         .heads = 1,
+                         .kv_heads = 1,
+                         .head_size = embed_out,
+                         .embed = embed,
+                         .embed_out = embed_out,
+                         .scale = 1 / sqrtf((float)embed_out)};
+}
+
+static void set_up_random(int batch, int tokens, int embed, int embed_out)
+{
+    set_up_shape(batch, tokens, embed, embed_out);
+    RandomStream stream;
+    seed_stream(&stream, STREAM_CPU, 7);
+    draw_randn(&stream, x, (size_t)batch * tokens * embed);
+    for (int i = 0; i < 3; i++)
+        draw_uniform(&stream, w[i], (size_t)embed * embed_out, -linear_bound(embed), linear_bound(embed));
+}
+
+/* The sentence, `batch` times, and SelfAttention_v2's or CausalAttention's matrices, 3 to 2. */
+static void set_up_sentence(int batch, uint64_t seed)
+{
+    set_up_shape(batch, 6, 3, 2);
+    for (int b = 0; b < batch; b++)
+        memcpy(x + 18 * b, sentence, sizeof sentence);
+    RandomStream stream;
+    seed_stream(&stream, STREAM_CPU, seed);
+    for (int i = 0; i < 3; i++)
+        draw_uniform(&stream, w[i], 6, -linear_bound(3), linear_bound(3));
+}
+
+static void scores_of_query(float *row, int t, float scale)
+{
+    for (int t2 = 0; t2 < 6; t2++)
+        row[t2] = scale * (queries[2 * t] * keys[2 * t2] + queries[2 * t + 1] * keys[2 * t2 + 1]);
+}
+
+/* ---- The published numbers ---- */
+
+static const double masked_weights[36] = {1,     0,     0,     0,     0,     0,     .5517, .4483, 0,
+                                          0,     0,     0,     .3800, .3097, .3103, 0,     0,     0,
+                                          .2758, .2460, .2462, .2319, 0,     0,     .2175, .1983, .1984,
+                                          .1888, .1971, 0,     .1935, .1663, .1666, .1542, .1666, .1529};
+
+Test(published, weights_over_all_tokens)
+{
+    float row[6];
+    set_up_sentence(1, 789);
+    run(attention_renormalise);
+    scores_of_query(row, 0, s.scale);
+    softmax_row(row, 6);
+    expect_near(row, (double[]){.1921, .1646, .1652, .1550, .1721, .1510}, 6, 1e-4);
+}
+
+Test(published, masked_weights_in_all_three_ways)
+{
+    for (int i = 0; i < 3; i++) {
+        set_up_sentence(1, 789);
+        run(modules[i]);
+        expect_near(weights, masked_weights, 36, 1e-4);
+    }
+}
+
+Test(published, masked_scores)
+{
+    float row[6];
+    set_up_sentence(1, 789);
+    run(attention_minus_inf);
+    scores_of_query(row, 1, 1);
+    mask_row(row, 6, 2);
+    expect_near(row, (double[]){.4656, .1723}, 2, 1e-4);
+    for (int i = 2; i < 6; i++)
+        cr_expect(row[i] == -INFINITY);
+}
+
+Test(published, dropout_of_ones_and_of_masked_weights)
+{
+    RandomStream stream;
+    float ones[36];
+    for (int i = 0; i < 36; i++)
+        ones[i] = 1;
+    seed_stream(&stream, STREAM_CPU, 123);
+    apply_dropout(&stream, ones, 36, 0.5);
+    expect_near(ones, (double[]){2, 2, 0, 2, 2, 0, 0, 0, 0, 2, 0, 2, 2, 2, 2, 2, 0, 2,
+                                 0, 2, 2, 0, 0, 2, 0, 2, 0, 2, 0, 2, 0, 2, 2, 2, 2, 0},
+                36, 0);
+
+    set_up_sentence(1, 789);
+    seed_stream(&stream, STREAM_CPU, 123);
+    s.dropout = 0.5f;
+    s.dropout_stream = &stream;
+    run(causal_attention);
+    expect_near(weights + 12, (double[]){.7599, .6194, .6206, 0, 0, 0}, 6, 1e-4);
+    expect_near(weights + 30, (double[]){0, .3327, .3331, .3084, .3331, 0}, 6, 1e-4);
+}
+
+Test(published, causal_attention_seed_123_twice_in_a_batch)
+{
+    set_up_sentence(2, 123);
+    run(causal_attention);
+    for (int b = 0; b < 2; b++)
+        expect_near(out + 12 * b,
+                    (double[]){-.4519, .2216, -.5874, .0058, -.6300, -.0632, -.5675, -.0843, -.5526, -.0981,
+                               -.5299, -.1081},
+                    12, 1e-4);
+}
+
+/* ---- The traps ---- */
+
+/* Tokens 1 and 200, all matrices 1: the first token's score with itself is 1, with the second, hidden one
+ * 200. */
+Test(trap, renormalise_loses_a_row_to_a_large_hidden_score)
+{
+    set_up_shape(1, 2, 1, 1);
+    x[0] = 1, x[1] = 200;
+    w[0][0] = w[1][0] = w[2][0] = 1;
+    run(attention_renormalise);
+    cr_expect(isnan(weights[0]) && isnan(out[0]), "weight %g, out %g", (double)weights[0], (double)out[0]);
+    for (int i = 1; i < 3; i++) {
+        run(modules[i]);
+        expect_near(weights, (double[]){1, 0, 0, 1}, 4, 0);
+        expect_near(out, (double[]){1, 200}, 2, 0);
+    }
+}
+
+Test(trap, renormalise_bears_a_lead_of_87)
+{
+    float near[2] = {0, 86.9f}, far[2] = {0, 87.1f};
+    softmax_row(near, 2);
+    renormalise_row(near, 2, 1);
+    cr_expect(near[0] == 1 && near[1] == 0, "%g %g", (double)near[0], (double)near[1]);
+    softmax_row(far, 2);
+    renormalise_row(far, 2, 1);
+    cr_expect(isnan(far[0]), "%g", (double)far[0]);
+}
+
+/* A score of 0 is a score like any other: e^0 = 1. */
+Test(trap, scores_masked_with_zero_leak)
+{
+    float zero[4] = {0.5f, -0.5f, 0, 0}, minus_inf[4] = {0.5f, -0.5f, 3, 7};
+    softmax_row(zero, 4);
+    cr_expect(zero[2] + zero[3] > 0.4f, "the hidden keys keep %g", (double)(zero[2] + zero[3]));
+    mask_row(minus_inf, 4, 2);
+    softmax_row(minus_inf, 4);
+    expect_near(minus_inf, (double[]){0.731058579, 0.268941421, 0, 0}, 4, 1e-6);
+}
+
+/* Another last token: not one bit of the rows before it may change. (renormalise divides by a sum in which
+ * the last token had a part, and so rounds differently.) */
+Test(trap, the_future_does_not_leak)
+{
+    enum { T = 37, C = 5, C_OUT = 4 };
+    float before[T * C_OUT];
+    for (int i = 0; i < 3; i++) {
+        set_up_random(1, T, C, C_OUT);
+        run(modules[i]);
+        memcpy(before, out, sizeof before);
+        for (int c = 0; c < C; c++)
+            x[(T - 1) * C + c] += 3;
+        run(modules[i]);
+        for (int n = 0; n < (T - 1) * C_OUT; n++) {
+            float difference = fabsf(out[n] - before[n]);
+            cr_expect(difference <= (i == 0 ? 1e-6f : 0), "%s, element %d moved by %g", names[i], n,
+                      (double)difference);
+        }
+        cr_expect(fabsf(out[T * C_OUT - 1] - before[T * C_OUT - 1]) > 1e-3f, "the last row should move");
+    }
+}
+
+/* Token 1 sees itself alone; where dropout takes that one weight, its context vector is zero. */
+Test(trap, dropout_can_silence_a_token)
+{
+    RandomStream stream;
+    int silent = 0, doubled = 0;
+    for (uint64_t seed = 0; seed < 100; seed++) {
+        set_up_sentence(1, 123);
+        seed_stream(&stream, STREAM_CPU, seed);
+        s.dropout = 0.5f;
+        s.dropout_stream = &stream;
+        run(causal_attention);
+        silent += weights[0] == 0 && out[0] == 0 && out[1] == 0;
+        doubled += weights[0] == 2 && out[0] == 2 * values[0];
+    }
+    cr_expect(silent + doubled == 100);
+    cr_expect(silent > 30 && doubled > 30, "%d of 100 silent", silent);
+}
+
+/* nn.Dropout does not know what is masked: it draws for the zeros too. */
+Test(trap, dropout_draws_for_masked_weights_too)
+{
+    RandomStream ours, expected;
+    uint8_t keep[2 * 36];
+    seed_stream(&ours, STREAM_CPU, 5);
+    expected = ours;
+    set_up_sentence(2, 123);
+    s.dropout = 0.25f;
+    s.dropout_stream = &ours;
+    run(causal_attention);
+    draw_dropout(&expected, keep, 2 * 36, 0.25);
+    float next[2];
+    draw_rand(&ours, &next[0], 1);
+    draw_rand(&expected, &next[1], 1);
+    cr_expect(next[0] == next[1]);
+    for (int i = 0; i < 2 * 36; i++)
+        cr_expect(keep[i] || weights[i] == 0, "element %d", i);
+}
+
+Test(trap, dropped_weights_do_not_sum_to_one_but_do_on_average)
+{
+    enum { T = 100 };
+    RandomStream stream;
+    seed_stream(&stream, STREAM_CPU, 5);
+    set_up_random(1, T, 5, 4);
+    s.dropout = 0.5f;
+    s.dropout_stream = &stream;
+    run(causal_attention);
+    double all = 0;
+    int near_one = 0;
+    for (int t = 0; t < T; t++) {
+        double sum = 0;
+        for (int t2 = 0; t2 < T; t2++)
+            sum += weights[t * T + t2];
+        near_one += fabs(sum - 1) < 1e-3;
+        all += sum / T;
+    }
+    cr_expect(near_one < 10, "%d of 100 rows still sum to 1", near_one);
+    cr_expect(fabs(all - 1) < 0.1, "mean of the sums %g", all);
+}
+
+/* ---- Shapes ---- */
+
+Test(shapes, one_token_hears_itself_alone)
+{
+    for (int i = 0; i < 3; i++) {
+        set_up_random(3, 1, 5, 7);
+        run(modules[i]);
+        for (int b = 0; b < 3; b++)
+            cr_expect(weights[b] == 1, "%s: weight %g", names[i], (double)weights[b]);
+        cr_expect(memcmp(out, values, 21 * sizeof *out) == 0, "%s: the token's value comes out as it is",
+                  names[i]);
+    }
+}
+
+Test(shapes, a_batch_is_its_entries)
+{
+    enum { B = 3, T = 11, C = 6, C_OUT = 5 };
+    float together[B * T * C_OUT], all[B * T * C];
+    for (int i = 0; i < 3; i++) {
+        set_up_random(B, T, C, C_OUT);
+        memcpy(all, x, sizeof all);
+        run(modules[i]);
+        memcpy(together, out, sizeof together);
+        s.batch = 1;
+        for (int b = 0; b < B; b++) {
+            memcpy(x, all + b * T * C, T * C * sizeof *x);
+            run(modules[i]);
+            for (int n = 0; n < T * C_OUT; n++)
+                cr_expect(fabsf(out[n] - together[b * T * C_OUT + n]) <= 1e-6f, "%s, entry %d, element %d",
+                          names[i], b, n);
+        }
+    }
+}
+
+Test(shapes, nan_is_not_hidden)
+{
+    for (int i = 0; i < 3; i++) {
+        set_up_random(1, 5, 3, 2);
+        x[4] = NAN; /* token 2 */
+        run(modules[i]);
+        for (int n = 2; n < 10; n++)
+            cr_expect(isnan(out[n]), "%s: element %d is %g", names[i], n, (double)out[n]);
+    }
+}
