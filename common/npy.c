@@ -11,7 +11,7 @@
 #include <unistd.h>
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
-               "numbers are copied from and to files byte by byte");
+               "files are little-endian, and numbers are copied as they are");
 
 static char message[4608]; /* the last failure's */
 
@@ -145,8 +145,7 @@ static const char *take_header(Text *t, NpyArray *array, size_t *number_bytes)
 
         if (key == DESCR) {
             if (!take_quoted(t, &dtype))
-                return refuse(
-                    "the dtype has fields, not '<f4' or '<f8'; save one field with .astype('float32')");
+                return refuse("the dtype is not '<f4' or '<f8' but more than a name; save one field of it");
             *number_bytes = strcmp(dtype.text, "<f4") == 0 ? 4 : strcmp(dtype.text, "<f8") == 0 ? 8 : 0;
             if (*number_bytes == 0)
                 return refuse("the dtype is '%s', not '<f4' or '<f8'; save x.astype('float32')", dtype.text);
@@ -242,8 +241,8 @@ const char *read_npy(NpyArray *array, const char *path)
 {
     *array = (NpyArray){0};
     struct stat info;
-    int file =
-        open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC); /* a pipe that nobody writes to must not hold us up */
+    /* O_NONBLOCK: a pipe that nobody writes to must not hold us up. */
+    int file = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     if (file < 0 || fstat(file, &info) != 0) {
         const char *reason = strerror(errno);
         if (file >= 0)
@@ -278,8 +277,8 @@ static bool write_all(FILE *file, const float *data, size_t count, const size_t 
     int length =
         snprintf(header, sizeof header,
                  "\x93NUMPY\1%c%c%c{'descr': '<f4', 'fortran_order': False, 'shape': %s, }", 0, 0, 0, shape);
-    size_t total =
-        ((size_t)length + 1 + 63) / 64 * 64; /* spaces and a newline, so that the data is aligned */
+    /* Spaces and a newline fill it up to a multiple of 64, which aligns the data. */
+    size_t total = ((size_t)length + 1 + 63) / 64 * 64;
     memset(header + length, ' ', total - (size_t)length);
     header[total - 1] = '\n';
     header[8] = (char)(total - 10); /* below 256: four sizes have no more than 80 digits */

@@ -175,8 +175,8 @@ Test(npy, refuses_hostile_headers)
         {"{'descr': '', 'fortran_order': False, 'shape': (3,)}", "dtype is ''"},
         {"{'descr': '<f4\n', 'fortran_order': False, 'shape': (3,)}", "dtype is '<f4?'"},
         {"{'descr': '<f44', 'fortran_order': False, 'shape': (3,)}", "dtype is '<f44'"},
-        {"{'descr': [('x', '<f4')], 'fortran_order': False, 'shape': (3,)}", "fields"},
-        {"{'descr': 4, 'fortran_order': False, 'shape': (3,)}", "fields"},
+        {"{'descr': [('x', '<f4')], 'fortran_order': False, 'shape': (3,)}", "save one field of it"},
+        {"{'descr': 4, 'fortran_order': False, 'shape': (3,)}", "save one field of it"},
         /* order */
         {"{'descr': '<f4', 'fortran_order': True, 'shape': (3,)}", "np.ascontiguousarray"},
         {"{'descr': '<f4', 'fortran_order': 0, 'shape': (3,)}", "neither True nor False"},
@@ -272,6 +272,7 @@ Test(npy, refuses_what_is_no_npy_file)
         {"\x93NUMPY\2\0\0\0", 10, "ends inside its header"},
         {"\x93NUMPY\2\0\0\0\0", 11, "ends inside its header"},
         {"\x93NUMPY\2\0\xFF\xFF\xFF\xFF{}", 14, "ends inside its header"},
+        {"\x93NUMPY\2\0\0\0\1\0{}", 14, "ends inside its header"},
         {"\x93NUMPY\3\0\0\0\0\x80{}", 14, "ends inside its header"},
     };
     for (size_t i = 0; i < COUNT(files); i++) {
@@ -485,6 +486,18 @@ Test(npy_files, are_not_touched_when_writing_fails)
     cr_assert(array.count == 3);
     cr_assert_arr_eq(array.data, old, sizeof old);
     free(array.data);
+}
+
+/* A file of the temporary one's name is somebody else's. */
+Test(npy_files, are_not_written_over_a_temporary_file)
+{
+    char name[64];
+    snprintf(name, sizeof name, "x.npy.%ld.new", (long)getpid());
+    fclose(fopen(in_folder(name), "wb"));
+    array.data = NULL;
+    expect_message(write_npy(in_folder("x.npy"), (float[]){1}, (size_t[]){1}, 1), "(File exists)",
+                   "in the way");
+    cr_assert_eq(files_in_folder(), 1);
 }
 
 Test(npy_files, say_what_cannot_be_written)
