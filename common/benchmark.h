@@ -43,7 +43,7 @@ typedef struct {
 const char *check_tsv(const char *path); /* could a row be appended? asked before anything is computed */
 const char *append_tsv(const char *path, const BenchmarkRow *row);
 
-/* For people, on stdout: kernel, median, spread, GFLOP/s, percent of peak, memory, error. The header first. */
+/* For people, on stdout: kernel, median, spread, GFLOP/s, percent of peak, memory, error. Header first. */
 void print_row_header(void);
 void print_row(const BenchmarkRow *row);
 
