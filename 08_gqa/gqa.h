@@ -1,0 +1,37 @@
+/* Grouped queries: NH query heads share NKV key/value heads, group = NH / NKV of them each.
+ *
+ *   q, out (B,NH,T,HS)    k, v (B,NKV,TK,HS)    lse (B,NH,T)    row-major floats
+ *
+ * Query head h reads key/value head h / group: neighbours share. NKV = NH is multi-head attention, NKV = 1
+ * multi-query attention. Every function takes any mask, bias and scale that the shape names, and dropout
+ * drawn by position (dropout_keeps). A row with no key allowed: out = 0, lse = -inf. A NaN that a row can see
+ * reaches its out and lse. Nothing is allocated and nothing can fail.
+ *
+ * Shazeer 2019, "Fast Transformer Decoding: One Write-Head is All You Need"; Ainslie et al. 2023, "GQA:
+ * Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints".
+ */
+#ifndef GQA_H
+#define GQA_H
+
+#include "shape.h"
+
+/* repeated (B,NH,TK,HS) = each head of kv (B,NKV,TK,HS) `group` times in a row, as
+ * torch.repeat_interleave(kv, group, 1). */
+void repeat_kv(float *repeated, const float *kv, const AttentionShape *s);
+
+/* Repeats k and v, then attends head by head. k_repeated, v_repeated (B,NH,TK,HS) are written. */
+void attention_repeat_kv(float *out, float *lse, float *k_repeated, float *v_repeated, const float *q,
+                         const float *k, const float *v, const AttentionShape *s);
+
+/* The same without the copies. */
+void attention_grouped(float *out, float *lse, const float *q, const float *k, const float *v,
+                       const AttentionShape *s);
+
+/* The same with chapter 7's tile steps. A tile holds queries of all heads of a group, so that each key and
+ * value is loaded once for the group. scratch: grouped_simd_scratch(s) floats, 64-byte aligned. lse may be
+ * NULL. */
+void attention_grouped_simd(float *out, float *lse, float *scratch, const float *q, const float *k,
+                            const float *v, const AttentionShape *s);
+size_t grouped_simd_scratch(const AttentionShape *s);
+
+#endif

@@ -1,0 +1,237 @@
+#include "chapter.h"
+#include "compare.h"
+#include "decode.h"
+#include "gqa.h"
+#include "kv_cache.h"
+#include "llama.h"
+
+#include <stdio.h>
+#include <string.h>
+
+/* ---- The kernels. ---- */
+
+static void forward_repeat_kv(const Tensors *t, const AttentionShape *s)
+{
+    attention_repeat_kv(t->out, t->lse, t->workspace[0], t->workspace[1], t->q, t->k, t->v, s);
+}
+
+static int repeated_keys_and_values(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = floats[1] = (size_t)s->batch * s->heads * s->key_tokens * s->head_size;
+    return 2;
+}
+
+static void forward_grouped(const Tensors *t, const AttentionShape *s)
+{
+    attention_grouped(t->out, t->lse, t->q, t->k, t->v, s);
+}
+
+static void forward_simd(const Tensors *t, const AttentionShape *s)
+{
+    attention_grouped_simd(t->out, t->lse, t->workspace[0], t->q, t->k, t->v, s);
+}
+
+static int tiles(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = grouped_simd_scratch(s);
+    return 1;
+}
+
+enum { Q_PROJ, K_PROJ, V_PROJ, O_PROJ };
+
+static void parameters_llama(Parameters *p, const AttentionShape *s)
+{
+    add_linear(p, "q_proj", s->heads * s->head_size, s->embed, false);
+    add_linear(p, "k_proj", s->kv_heads * s->head_size, s->embed, false);
+    add_linear(p, "v_proj", s->kv_heads * s->head_size, s->embed, false);
+    add_linear(p, "o_proj", s->embed_out, s->heads * s->head_size, false);
+}
+
+static int llama_buffers(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = floats[1] = floats[2] = query_count(s);
+    floats[3] = floats[4] = key_count(s);
+    floats[5] = floats[6] = (size_t)s->tokens * (s->head_size / 2);
+    floats[7] = grouped_simd_scratch(s);
+    return 8;
+}
+
+static void forward_llama(const Tensors *t, const AttentionShape *s)
+{
+    float *const *w = t->workspace;
+    const LlamaWorkspace workspace = {.rows = w[0],
+                                      .q = w[1],
+                                      .out_heads = w[2],
+                                      .k = w[3],
+                                      .v = w[4],
+                                      .cosine = w[5],
+                                      .sine = w[6],
+                                      .scratch = w[7]};
+    llama_attention(t->out, &workspace, t->x, t->parameter[Q_PROJ], t->parameter[K_PROJ],
+                    t->parameter[V_PROJ], t->parameter[O_PROJ], s);
+}
+
+static const char *needs_even_heads(const AttentionShape *s)
+{
+    static char reason[120];
+    snprintf(reason, sizeof reason,
+             "turns pairs of numbers: a head's size must be even, not %d (--embed-out over --heads)",
+             s->head_size);
+    return s->head_size % 2 == 0 ? NULL : reason;
+}
+
+/* What the oracle is told: head h owns rows h*HS .. of its projection. */
+static void describe_llama(OracleModule *module, OracleLinear *query, OracleLinear *key, OracleLinear *value,
+                           const Tensors *t, const AttentionShape *s)
+{
+    size_t head = (size_t)s->head_size * s->embed;
+    for (int h = 0; h < s->heads; h++)
+        query[h] =
+            (OracleLinear){.weight = t->parameter[Q_PROJ] + h * head, .stride_out = s->embed, .stride_in = 1};
+    for (int h = 0; h < s->kv_heads; h++) {
+        key[h] =
+            (OracleLinear){.weight = t->parameter[K_PROJ] + h * head, .stride_out = s->embed, .stride_in = 1};
+        value[h] =
+            (OracleLinear){.weight = t->parameter[V_PROJ] + h * head, .stride_out = s->embed, .stride_in = 1};
+    }
+    module->output[0] =
+        (OracleLinear){.weight = t->parameter[O_PROJ], .stride_out = s->embed_out, .stride_in = 1};
+    module->outputs = 1;
+    module->rope_theta = LLAMA_THETA;
+}
+
+static const Kernel kernels[] = {
+    {.name = "repeat-kv",
+     .what = "keys and values copied for each query head, then head by head",
+     .takes = TAKES_QKV,
+     .forward = forward_repeat_kv,
+     .workspace = repeated_keys_and_values,
+     .dropout = DROPOUT_POSITION,
+     .grouped = true},
+    {.name = "grouped",
+     .what = "the same without copies: head h reads key/value head h / group",
+     .takes = TAKES_QKV,
+     .forward = forward_grouped,
+     .dropout = DROPOUT_POSITION,
+     .grouped = true},
+    {.name = "simd",
+     .what = "chapter 7's tiles, a group's queries side by side in each",
+     .takes = TAKES_QKV,
+     .forward = forward_simd,
+     .workspace = tiles,
+     .dropout = DROPOUT_POSITION,
+     .grouped = true},
+    {.name = "llama",
+     .what = "Llama 3's module: projections, rotary embedding, grouped causal attention",
+     .takes = TAKES_X,
+     .forward = forward_llama,
+     .workspace = llama_buffers,
+     .grouped = true,
+     .refuses = needs_even_heads,
+     .own_mask = OWN_MASK_CAUSAL,
+     .parameters = parameters_llama,
+     .describe = describe_llama},
+    {0},
+};
+
+static const ExtraCheck checks[] = {
+    {"decoding token by token gives the rows of the causal call", decode_equals_causal},
+    {0},
+};
+
+/* ---- The story. ---- */
+
+static void tell_kernels(Story *story)
+{
+    story_heading(story, "Query heads share key/value heads, held against the oracle in double");
+    story_say(story, "8 query heads on 2 key/value heads, group 4:");
+    story_say(story, "query head h     0 1 2 3 4 5 6 7");
+    story_say(story, "reads h / group  0 0 0 0 1 1 1 1   (h %% 2 would be 0 1 0 1 0 1 0 1)");
+    static const char *const options[] = {
+        "--heads 6 --kv-heads 6 --tokens 65 --head-size 40 --causal",
+        "--heads 6 --kv-heads 2 --tokens 65 --head-size 40 --causal",
+        "--heads 6 --kv-heads 1 --tokens 65 --head-size 40 --causal",
+        "--batch 2 --heads 8 --kv-heads 2 --tokens 67 --key-tokens 131 --head-size 64 --bias randn",
+    };
+    for (size_t i = 0; i < sizeof options / sizeof options[0]; i++) {
+        const StoryRun *run[3];
+        story_say(story, "%s", options[i]);
+        for (int j = 0; j < 3; j++) {
+            char text[200];
+            run[j] = story_run(story, kernels[j].name, options[i]);
+            comparison_text(text, sizeof text, &run[j]->comparison);
+            story_claim(story, run[j]->comparison.passed, "%-9s %s", kernels[j].name, text);
+        }
+        size_t bytes = query_count(&run[0]->shape) * sizeof(float);
+        story_claim(story, memcmp(run[0]->t.out, run[1]->t.out, bytes) == 0,
+                    "repeat-kv and grouped agree in every bit: the copies add nothing");
+    }
+}
+
+static void tell_llama(Story *story)
+{
+    story_heading(story, "Llama 3's module, held against PyTorch");
+    story_say(story, "x (2,10,48) with seed 123, 6 heads of 16 on 2 key/value heads, as reference/llama.py "
+                     "computes it. The first "
+                     "six numbers of tokens 0, 1 and 9:");
+    static const double pytorch[3][6] = {
+        /* reference/llama.tsv */
+        {-0.3344, -0.0052, -0.0264, -0.0697, 0.4446, 0.1432},
+        {-0.2115, 0.2442, 0.0423, -0.0892, 0.2848, 0.0454},
+        {0.0005, 0.0722, -0.0591, -0.0312, 0.1367, -0.0394},
+    };
+    static const int tokens[3] = {0, 1, 9};
+    const StoryRun *run =
+        story_run(story, "llama", "--batch 2 --tokens 10 --embed 48 --embed-out 96 --heads 6 --kv-heads 2");
+    float ours[3][6];
+    for (int i = 0; i < 3; i++)
+        memcpy(ours[i], run->t.out + (size_t)tokens[i] * run->shape.embed_out, sizeof ours[i]);
+    story_expect(story, "out, batch entry 0", &ours[0][0], &pytorch[0][0], 3, 6);
+}
+
+static void tell_cache(Story *story)
+{
+    enum { LAYERS = 32, HEADS = 32, HS = 128, CONTEXT = 8192 };
+    story_heading(story, "What the KV cache holds: 32 layers, 32 heads of 128, as Llama 3 8B");
+    story_say(story, "key/value heads   a token, bf16   f32          %d tokens, bf16   f32", CONTEXT);
+    static const struct {
+        int kv_heads;
+        const char *name;
+    } row[] = {{HEADS, "(multi-head)"}, {HEADS / 4, "(Llama 3)"}, {1, "(multi-query)"}};
+    for (int i = 0; i < 3; i++) {
+        size_t kib = kv_cache_bytes_per_token(LAYERS, row[i].kv_heads, HS, 2) / 1024;
+        story_say(story, "%2d %-14s %4zu KiB        %4zu KiB     %4zu MiB            %4zu MiB",
+                  row[i].kv_heads, row[i].name, kib, 2 * kib, kib * CONTEXT / 1024, 2 * kib * CONTEXT / 1024);
+    }
+    const char *wrong = decode_equals_causal();
+    story_claim(story, !wrong,
+                "70 tokens decoded one by one with a growing cache give the rows of the causal call");
+    story_say(story, "./run decode times one more token with the cache and without.");
+}
+
+static void story(Story *story)
+{
+    tell_kernels(story);
+    tell_llama(story);
+    tell_cache(story);
+    story_time(story, "repeat-kv grouped simd",
+               "--heads 12 --kv-heads 3 --tokens 1024 --head-size 64 --causal");
+}
+
+const Chapter chapter = {
+    .number = 8,
+    .title = "Grouped queries, and the KV cache",
+    .folder = "08_gqa",
+    .kernels = kernels,
+    .checks = checks,
+    .story = story,
+    .group = 4,
+    .extra_mode = "decode",
+    .extra_mode_what = "[--tsv FILE]: time for one more token, with a KV cache and without",
+    .run_extra_mode = run_decode,
+};
+
+int main(int argc, char **argv)
+{
+    return chapter_main(argc, argv, &chapter);
+}
