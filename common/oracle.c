@@ -6,27 +6,39 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Below this many multiplications a loop is not worth waking the other threads for. */
+enum { SMALL = 1 << 16 };
+
 /* out[0..n) = in[0..n) */
 static void widen(double *out, const float *in, size_t n)
 {
-#pragma omp parallel for
+#pragma omp parallel for if (n > SMALL)
     for (size_t i = 0; i < n; i++)
         out[i] = in[i];
 }
 
+/* Eight sums side by side: compilers make a vector of them, and may not do so of a single sum. */
 static double dot(const double *a, const double *b, int n)
 {
-    double sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < n; i++)
+    enum { WIDTH = 8 };
+    double part[WIDTH] = {0}, sum = 0;
+    int i = 0;
+    for (; i + WIDTH <= n; i += WIDTH)
+        for (int j = 0; j < WIDTH; j++)
+            part[j] += a[i + j] * b[i + j];
+    for (; i < n; i++)
         sum += a[i] * b[i];
+    for (int j = 0; j < WIDTH; j++)
+        sum += part[j];
     return sum;
 }
 
-/* softmax(scale q.k + bias) v for one row. It is written for clarity: gather the scores of the keys allowed,
- * find their maximum, then the sum, then the weighted values. out (HS), lse (1), weights (TK)   written; each
- * may be NULL row                               (b*NH + h)*T + t q (HS), k, v (TK,HS)              this row's
- * query, its key/value head's keys and values Returns the largest |score|. */
+/* softmax(scale q.k + bias) v for one row, in two passes: the scores of the keys allowed and their maximum,
+ * then the sum; then the weighted values.
+ *   out (HS), lse (1), weights (TK)   written; each may be NULL
+ *   row                               (b*NH + h)*T + t
+ *   q (HS), k, v (TK,HS)              this row's query, the keys and values of its key/value head
+ * Returns the largest |score|. */
 static double attend_row(double *out, double *lse, double *weights, size_t row, const double *q,
                          const double *k, const double *v, const uint8_t *keep, const AttentionShape *s)
 {
@@ -81,9 +93,9 @@ double oracle_attention(double *out, double *lse, double *weights, const size_t 
                         const float *q, const float *k, const float *v, const uint8_t *keep,
                         const AttentionShape *s)
 {
-    size_t size = s->head_size, keys = s->key_tokens, group = s->heads / s->kv_heads;
-    double *k_slab = allocate_zeroed(keys * size, sizeof *k_slab); /* one key/value head, in double */
-    double *v_slab = allocate_zeroed(keys * size, sizeof *v_slab);
+    size_t size = s->head_size, keys = s->key_tokens, group = s->heads / s->kv_heads, slab_size = keys * size;
+    double *k_slab = allocate_zeroed(slab_size, sizeof *k_slab); /* one key/value head, in double */
+    double *v_slab = allocate_zeroed(slab_size, sizeof *v_slab);
     double largest = 0;
     if (!rows)
         count = lse_count(s);
@@ -93,9 +105,9 @@ double oracle_attention(double *out, double *lse, double *weights, const size_t 
         size_t slab = (rows ? rows[first] : first) / s->tokens / group;
         for (end = first + 1; end < count && (rows ? rows[end] : end) / s->tokens / group == slab;)
             end++;
-        widen(k_slab, k + slab * keys * size, keys * size);
-        widen(v_slab, v + slab * keys * size, keys * size);
-#pragma omp parallel for schedule(dynamic) reduction(max : largest)
+        widen(k_slab, k + slab * slab_size, slab_size);
+        widen(v_slab, v + slab * slab_size, slab_size);
+#pragma omp parallel for schedule(dynamic) reduction(max : largest) if ((end - first) * slab_size > SMALL)
         for (size_t i = first; i < end; i++) {
             size_t row = rows ? rows[i] : i;
             double *q_row = allocate_zeroed(size, sizeof *q_row);
@@ -126,7 +138,7 @@ static void project(double *out, const OracleLinear *linear, const double *x, si
     for (size_t i = 0; i < inputs; i++)
         for (size_t o = 0; o < outputs; o++)
             columns[i * outputs + o] = linear->weight[o * linear->stride_out + i * linear->stride_in];
-#pragma omp parallel for
+#pragma omp parallel for if (count * inputs * outputs > SMALL)
     for (size_t row = 0; row < count; row++) {
         double *y = out + row * outputs;
         for (size_t o = 0; o < outputs; o++)
@@ -138,8 +150,8 @@ static void project(double *out, const OracleLinear *linear, const double *x, si
     free(columns);
 }
 
-/* Rotary embedding of one row of a head in place: dimensions i and i + HS/2 turn by position *
- * theta^(-2i/HS). Su and others 2021, in the pairing of Hugging Face's Llama. */
+/* Rotary embedding of one row of a head, in place: dimensions i and i + HS/2, as a point of the plane, turn
+ * by position * theta^(-2i/HS). Su and others 2021, in the pairing of Hugging Face's Llama. */
 static void rotate(double *row, int size, double position, double theta)
 {
     for (int i = 0; i < size / 2; i++) {
@@ -235,7 +247,7 @@ double oracle_module(double *out, double *weights, bool per_head, const size_t *
             chosen[i] = (rows ? rows[first + i] : first + i) % tokens;
 
         Entry e = project_entry(x + b * tokens * s->embed, chosen, here, module, s);
-#pragma omp parallel for schedule(dynamic) reduction(max : largest)
+#pragma omp parallel for schedule(dynamic) reduction(max : largest) if (here * tokens * embed_out > SMALL)
         for (size_t i = 0; i < here; i++) {
             double score = attend_heads(&e, weights ? weights + (first + i) * row_weights : NULL, per_head, i,
                                         here, b, chosen[i], keep, s);
