@@ -43,13 +43,7 @@ void story_say(Story *story, const char *format, ...) __attribute__((format(prin
 void story_expect(Story *story, const char *what, const float *ours, const double *published, int rows,
                   int columns);
 
-/* One line with a tick or a cross: a claim, and whether it holds. */
-void story_claim(Story *story, bool holds, const char *format, ...) __attribute__((format(printf, 3, 4)));
-
-/* Runs one of the chapter's kernels as "./run --kernel NAME OPTIONS" would, OPTIONS being words with single
- * spaces
- * ("--seed 123 --batch 2"), and checks it against the oracle (a failed check is a cross). The result stays
- * valid until the story ends. */
+/* What a run left behind; valid until the story ends. */
 typedef struct {
     AttentionShape shape;
     Tensors t;
@@ -57,6 +51,19 @@ typedef struct {
     Comparison comparison;
     size_t extra_bytes; /* held beyond inputs and outputs */
 } StoryRun;
+
+/* A notebook module's out at (8,1024,768), seed 123, beside PyTorch's: out[0,0,0] [0,1,1] [1,511,100]
+ * [3,512,383] [5,700,640] [7,1023,767], and the norm (the square root of the sum of squares) of all 6291456,
+ * to 1e-6 of it. */
+void story_notebook(Story *story, const StoryRun *run, const double values[6], double norm);
+
+/* One line with a tick or a cross: a claim, and whether it holds. */
+void story_claim(Story *story, bool holds, const char *format, ...) __attribute__((format(printf, 3, 4)));
+
+/* Runs one of the chapter's kernels as "./run --kernel NAME OPTIONS" would, OPTIONS being words with single
+ * spaces
+ * ("--seed 123 --batch 2"), and checks it against the oracle (a failed check is a cross). The result stays
+ * valid until the story ends. */
 const StoryRun *story_run(Story *story, const char *kernel, const char *options);
 
 /* Runs the named kernels (separated by spaces) interleaved and prints the benchmark's rows: the one timing at
