@@ -60,23 +60,25 @@ INLINE void multiply(Vector c[TILE][VECTORS], int vectors, const float *const a[
 
 /* What is added to the scores of TILE keys before anything else: the bias, or -inf where a row may not look.
  */
-static void look_up(const FlashBlock *block, Vector extra[TILE][VECTORS], int key)
+static void look_up(const FlashBlock *block, Vector extra[TILE][VECTORS], int key, int from, int vectors)
 {
     const AttentionShape *s = block->s;
-    for (int i = 0; i < TILE; i++) {
-        float *extra_i = (float *)extra[i];
-        int t2 = key + i;
-        if (block->one_run)
-            for (int r = 0; r < FLASH_ROWS; r++)
-                extra_i[r] = block->first[r] <= t2 && t2 < block->end[r] ? 0 : -INFINITY;
-        else
-            for (int r = 0; r < FLASH_ROWS; r++) {
-                const FlashRow *row = &block->row[r];
-                bool allowed =
-                    r < block->rows && t2 < s->key_tokens && attends(s, block->b, row->h, row->t, t2);
-                extra_i[r] = allowed ? log2e * bias_at(s, block->b, row->h, row->t, t2) : -INFINITY;
-            }
-    }
+    int rows = smaller(block->rows, (from + vectors) * LANES);
+    for (int i = 0; i < TILE; i++)
+        for (int r = 0; r < FLASH_ROWS; r++) {
+            bool between = (block->first[r] <= key + i) & (key + i < block->end[r]);
+            ((float *)extra[i])[r] = between ? 0 : -INFINITY;
+        }
+    if (block->one_run && !s->bias)
+        return;
+    for (int r = from * LANES; r < rows; r++)
+        for (int i = 0; i < TILE; i++) {
+            int h = block->row[r].h, t = block->row[r].t, t2 = key + i;
+            float *extra_ir = (float *)extra[i] + r;
+            if (*extra_ir == 0)
+                *extra_ir =
+                    attends(s, block->b, h, t, t2) ? log2e * bias_at(s, block->b, h, t, t2) : -INFINITY;
+        }
 }
 
 /* p = 2^(score - m), its sum over the keys, and the largest score - m. */
@@ -96,7 +98,7 @@ INLINE void weigh(const FlashBlock *block, float *p, Vector top[VECTORS], Vector
 
         /* The sums start at -m: what comes out is the exponent. */
         if (look)
-            look_up(block, extra, key + i0);
+            look_up(block, extra, key + i0, from, vectors);
 #pragma GCC unroll 8
         for (int i = 0; i < TILE; i++)
 #pragma GCC unroll 3
@@ -204,18 +206,14 @@ size_t flash_scratch(int head_size)
     return 2 * rounded * FLASH_ROWS + 16 - 2 * rounded * FLASH_ROWS % 16;
 }
 
-/* The keys that row t sees if they are one run, first <= t2 < end, as with most masks; false if they may be
- * more. */
-static bool one_run(const AttentionShape *s, int b, int t, int *first, int *end)
+/* No key outside first <= t2 < end is seen by row t; returns true if with most masks all within are. */
+static bool bounds(const AttentionShape *s, int b, int t, int *first, int *end)
 {
     int place = t + s->key_tokens - s->tokens;
+    MaskKind kind = s->mask.kind;
+    *first = larger(0, kind == MASK_WINDOW ? place - s->mask.width + 1 : kind == MASK_FUTURE ? place + 1 : 0);
     *end = keys_end(s, b, t);
-    *first = s->mask.kind == MASK_WINDOW   ? place - s->mask.width + 1
-             : s->mask.kind == MASK_FUTURE ? place + 1
-                                           : 0;
-    *first = larger(*first, 0);
-    return !s->bias && s->mask.kind != MASK_LOCAL_GLOBAL && s->mask.kind != MASK_DILATED &&
-           s->mask.kind != MASK_DOCUMENTS;
+    return kind != MASK_LOCAL_GLOBAL && kind != MASK_DILATED && kind != MASK_DOCUMENTS;
 }
 
 void flash_begin(FlashBlock *block, float *scratch)
@@ -229,27 +227,57 @@ void flash_begin(FlashBlock *block, float *scratch)
     memset(block->l, 0, sizeof block->l);
     memset(block->first, 0, sizeof block->first);
     memset(block->end, 0, sizeof block->end);
+    for (int j = 0; j < VECTORS; j++) {
+        block->vector_first[j] = s->key_tokens;
+        block->vector_end[j] = 0;
+    }
     for (int r = 0; r < block->rows; r++) {
-        block->one_run = one_run(s, block->b, block->row[r].t, &block->first[r], &block->end[r]);
+        block->one_run = bounds(s, block->b, block->row[r].t, &block->first[r], &block->end[r]);
+        block->vector_first[r / LANES] = smaller(block->vector_first[r / LANES], block->first[r]);
+        block->vector_end[r / LANES] = larger(block->vector_end[r / LANES], block->end[r]);
         for (int d = 0; d < s->head_size; d++)
             block->q_columns[d * FLASH_ROWS + r] = s->scale * log2e * block->row[r].q[d];
     }
 }
 
+/* The vectors from .. to - 1 hold all rows that may see the key; returns how many keys on this holds. */
+static int seeing_vectors(const FlashBlock *block, int key, int keys, int *from, int *to)
+{
+    *from = VECTORS;
+    *to = 0;
+    for (int j = 0; j < VECTORS && j * LANES < block->rows; j++) {
+        int first = block->vector_first[j], end = block->vector_end[j];
+        if (first <= key && key < end) {
+            *from = smaller(*from, j);
+            *to = j + 1;
+        }
+        if (first > key)
+            keys = smaller(keys, first - key);
+        if (end > key)
+            keys = smaller(keys, end - key);
+    }
+    return keys;
+}
+
 void flash_attend(FlashBlock *block, int first, int end, bool look)
 {
-    for (int key = first; key < end; key += FLASH_KEYS) {
-        int keys = smaller(FLASH_KEYS, end - key);
+    for (int key = first, keys; key < end; key += keys) {
+        int from = 0, to = (block->rows + LANES - 1) / LANES;
+        keys = smaller(FLASH_KEYS, end - key);
         if (look)
-            attend_tile(block, key, keys, true, 0, 3);
-        else
-            attend_tile(block, key, keys, false, 0, 3);
+            keys = seeing_vectors(block, key, keys, &from, &to);
+        if (to - from == 3)
+            attend_tile(block, key, keys, look, from, 3);
+        else if (to - from == 2)
+            attend_tile(block, key, keys, look, from, 2);
+        else if (to - from == 1)
+            attend_tile(block, key, keys, look, from, 1);
     }
 }
 
 void flash_attend_allowed(FlashBlock *block)
 {
-    if (!block->one_run) {
+    if (!block->one_run || block->s->bias) {
         int end = 0;
         for (int r = 0; r < block->rows; r++)
             end = larger(end, block->end[r]);

@@ -49,6 +49,7 @@ typedef struct {
     _Alignas(64) float l[FLASH_ROWS]; /* the sum of the weights so far; 0: nothing to attend to yet */
     bool one_run;                     /* every row sees exactly the keys first <= t2 < end */
     int first[FLASH_ROWS], end[FLASH_ROWS];
+    int vector_first[VECTORS], vector_end[VECTORS];
 } FlashBlock;
 
 /* How many floats of scratch one block needs, a multiple of 64 bytes. It must be 64-byte aligned; what is in
