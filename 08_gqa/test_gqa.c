@@ -292,6 +292,25 @@ Test(cache, is_empty_at_first_and_full_at_last)
     cr_expect(cache.used == 3 && k[0] == 1 && k[2 * 2] == 1 && k[3 * 2] == 3);
 }
 
+/* Scores of hundreds: exp() of one that is not measured from the largest overflows. */
+Test(cache, bears_large_scores)
+{
+    Problem p = set_up(1, 2, 1, 70, 10);
+    for (size_t i = 0; i < key_count(&p.s); i++)
+        p.k[i] *= 100;
+    attend(&p, GROUPED);
+    KvCache cache = {
+        .k = p.k, .v = p.v, .batch = 1, .kv_heads = 1, .capacity = 70, .head_size = 10, .used = 70};
+    float q[2 * 10], out[2 * 10];
+    for (int h = 0; h < 2; h++)
+        memcpy(q + h * 10, p.q + query_row(&p.s, 0, h, 69), 10 * sizeof *q);
+    gqa_decode_step(out, NULL, q, &cache, 2, p.s.scale);
+    for (int i = 0; i < 20; i++)
+        cr_expect(near(out[i], p.out[query_row(&p.s, 0, i / 10, 69) + i % 10], 1e-4), "number %d: %g", i,
+                  out[i]);
+    tear_down(&p);
+}
+
 /* One query head more than are taken at once, keys that do not fill the last step, and the lse. */
 Test(cache, decodes_groups_of_any_size)
 {
