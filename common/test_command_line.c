@@ -87,7 +87,7 @@ static const BadLine bad[] = {
     {FLASH, "--mask window:5:6", 2, "window"},
     {FLASH, "--mask dilated:5", 2, "dilated"},
     {FLASH, "--mask prefix:999999999999", 2, "prefix"},
-    {FLASH, "--batch 1000000000 --heads 1000000000 --tokens 1000000000", 2, "too"},
+    {FLASH, "--batch 1000000000 --heads 1000000000 --tokens 1000000000", 2, "it must be 1 to 16777216"},
     /* what a kernel cannot do */
     {FLASH, "--kernel tiled --heads 4 --kv-heads 2 --head-size 8", 2,
      "kernel tiled takes as many --kv-heads as --heads"},
