@@ -287,7 +287,7 @@ static int gather(Letter *group, const EinsumPlan *plan, EinsumKind kind)
 {
     int count = 0, merged = 0;
     for (int i = 0; i < plan->letters; i++)
-        if (einsum_kind(&plan->letter[i]) == kind && plan->letter[i].size > 1)
+        if (einsum_kind(&plan->letter[i]) == kind)
             group[count++] = plan->letter[i];
     sort_by_reach(group, count);
 

@@ -1,7 +1,9 @@
 /* The small einsum against sums in double written from the specification's text alone. */
 #include "einsum.h"
+#include "try_einsum.h"
 
 #include <criterion/criterion.h>
+#include <criterion/redirect.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -263,11 +265,33 @@ Test(einsum, strides_that_no_blas_takes_fall_back)
         }
 }
 
-/* A view repeated by stride 0, as expand() makes it, is read rightly: by loops, or by a BLAS where it is a
- * loop letter. */
-Test(einsum, an_expanded_view_is_read_again_and_again)
+/* Rows that share memory are no matrix to a BLAS: repeated by stride 0, as expand() makes them, or
+ * overlapping, which is a convolution. As a loop around products they may stay. */
+Test(einsum, rows_that_share_memory_are_read_again_and_again)
 {
-    float a_data[6] = {1, 2, 3, 4, 5, 6}, b_data[6] = {1, 0, 0, 1, 1, 1}, out_data[8];
+    static const struct {
+        size_t stride[2];
+        const char *text;
+        float expected[6];
+    } cases[] = {
+        {{0, 1}, "plain loops", {4, 5, 4, 5, 4, 5}},
+        {{1, 1}, "plain loops", {4, 5, 6, 7, 8, 9}},
+        {{3, 1}, "1 product of (3 x 3) (3 x 2)", {4, 5, 10, 11, 16, 17}},
+    };
+    float a_data[9] = {1, 2, 3, 4, 5, 6, 7, 8, 9}, b_data[6] = {1, 0, 0, 1, 1, 1}, out_data[12];
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        View a = view(a_data, 3, 3), b = view(b_data, 3, 2), out = view(out_data, 3, 2);
+        memcpy(a.stride, cases[i].stride, sizeof cases[i].stride);
+        EinsumPlan plan;
+        char text[80];
+        cr_assert_null(einsum_plan(&plan, "ik,kj->ij", &out, &a, &b));
+        einsum_text(text, sizeof text, &plan);
+        cr_expect_str_eq(text, cases[i].text, "%s", text);
+        einsum("ik,kj->ij", out, a, b);
+        for (int j = 0; j < 6; j++)
+            cr_expect_eq(out_data[j], cases[i].expected[j], "[%d] is %g", j, out_data[j]);
+    }
+
     View a = view(a_data, 2, 2, 3), b = view(b_data, 3, 2);
     a.stride[0] = 0;
     einsum("bik,kj->bij", view(out_data, 2, 2, 2), a, b);
@@ -352,6 +376,55 @@ Test(einsum, a_bad_specification_ends_the_program_with_2, .exit_code = 2)
 {
     float data[64] = {0};
     einsum("ij,jk->iq", view(data, 2, 2), view(data, 2, 2), view(data, 2, 2));
+}
+
+/* ./run einsum SPECIFICATION SIZES SIZES */
+Test(try_einsum, tells_good_sizes_from_bad)
+{
+    static const struct {
+        const char *specification, *a, *b;
+        bool good;
+    } cases[] = {
+        {"bnd,do->bno", "2,3,4", "4,5", true},
+        {",->", "", "", true},
+        {"i,->i", "7", "", true},
+        {"abcdefgh,a->b", "1,2,1,2,1,2,1,2", "1", true},
+        {"bnd,do->bno", "2,3,4", "5,4", false},
+        {"bnd,do->bno", "2,3,4,", "4,5", false},
+        {"bnd,do->bno", ",2,3,4", "4,5", false},
+        {"bnd,do->bno", "2,,4", "4,5", false},
+        {"bnd,do->bno", "2,3,-4", "4,5", false},
+        {"bnd,do->bno", "2,3, 4", "4,5", false},
+        {"bnd,do->bno", "2,3,4x", "4,5", false},
+        {"bnd,do->bno", "0,3,4", "4,5", false},
+        {"bnd,do->bno", "2,3", "4,5", false},
+        {"bnd,do->bno", "1,1,1,1,1,1,1,1,1", "4,5", false},
+        {"bnd,do->bno", "2,3,268435457", "4,5", false},
+        {"bnd,do->bno", "2,3,99999999999999999999", "4,5", false},
+        {"bnd,do->bno", "65536,65536,65536", "65536,5", false},
+        {"i,j->ij", "1000000", "1000000", false}, /* the result alone is too large */
+        {"i,j->ik", "2", "3", false},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        View out, a, b;
+        const char *error = einsum_views(&out, &a, &b, cases[i].specification, cases[i].a, cases[i].b);
+        cr_expect(cases[i].good == !error, "%s %s %s: %s", cases[i].specification, cases[i].a, cases[i].b,
+                  error ? error : "taken");
+    }
+}
+
+Test(try_einsum, runs_both_ways_and_compares)
+{
+    cr_redirect_stdout();
+    char *argv[] = {"bhnd,bhmd->bhnm", "2,3,4,5", "2,3,6,5"};
+    cr_expect_eq(try_einsum(3, argv), 0);
+    fflush(stdout);
+}
+
+Test(try_einsum, wants_three_words, .exit_code = 2)
+{
+    char *argv[] = {"ij,jk->ik", "2,3"};
+    try_einsum(2, argv);
 }
 
 Test(einsum, nan_reaches_the_result)
