@@ -300,3 +300,20 @@ Test(shapes, v1_and_v2_agree_for_all_widths)
                           (double)out[n], (double)out2[n]);
         }
 }
+
+/* Plain loops and products: with the identity for all three matrices v1 is dot-product, batches and scale
+ * included. */
+Test(shapes, dot_product_is_v1_with_identities)
+{
+    enum { B = 3, T = 21, C = 4 };
+    AttentionShape s = one_head(B, T, C, C);
+    draw(x, B * T * C, 1);
+    memset(w[0], 0, C * C * sizeof w[0][0]);
+    for (int c = 0; c < C; c++)
+        w[0][c * C + c] = 1;
+    self_attention_v1(out, weights, queries, keys, values, x, w[0], w[0], w[0], &s);
+    attention_dot_product(out2, weights, x, &s);
+    for (int n = 0; n < B * T * C; n++)
+        cr_expect(fabsf(out[n] - out2[n]) <= 1e-5f, "element %d: %g and %g", n, (double)out[n],
+                  (double)out2[n]);
+}

@@ -266,6 +266,24 @@ Test(trap, dropped_weights_do_not_sum_to_one_but_do_on_average)
     cr_expect(fabs(all - 1) < 0.1, "mean of the sums %g", all);
 }
 
+/* ---- Softmax at its edges ---- */
+
+Test(softmax, a_row_with_nothing_allowed_is_zero)
+{
+    float row[3] = {1, 2, 3};
+    mask_row(row, 3, 0);
+    softmax_row(row, 3);
+    expect_near(row, (double[]){0, 0, 0}, 3, 0);
+}
+
+Test(softmax, nan_is_not_hidden)
+{
+    float row[3] = {NAN, -INFINITY, -INFINITY};
+    softmax_row(row, 3);
+    for (int i = 0; i < 3; i++)
+        cr_expect(isnan(row[i]), "element %d is %g", i, (double)row[i]);
+}
+
 /* ---- Shapes ---- */
 
 Test(shapes, one_token_hears_itself_alone)
