@@ -49,11 +49,10 @@ INLINE void multiply(Vector c[TILE][VECTORS], int vectors, const float *const a[
                      const float *b, int n)
 {
     for (int k = 0; k < n; k++, b += FLASH_ROWS)
-#pragma GCC unroll 8
-        for (int i = 0; i < TILE; i++)
-#pragma GCC unroll 3
-            for (int j = 0; j < vectors; j++)
-                c[i][j] += a[i][k * step] * ((const Vector *)b)[j];
+        EACH_VECTOR(i, j, vectors)
+        {
+            c[i][j] += a[i][k * step] * ((const Vector *)b)[j];
+        }
 }
 
 /* ---- The steps of a tile: up to FLASH_KEYS keys by the block's vectors from .. from + vectors - 1 ---- */
@@ -99,24 +98,18 @@ INLINE void weigh(const FlashBlock *block, float *p, Vector top[VECTORS], Vector
         /* The sums start at -m: what comes out is the exponent. */
         if (look)
             look_up(block, extra, key + i0, from, vectors);
-#pragma GCC unroll 8
-        for (int i = 0; i < TILE; i++)
-#pragma GCC unroll 3
-            for (int j = 0; j < vectors; j++)
-                c[i][j] = (look ? extra[i][from + j] : (Vector){0}) - m[j];
+        EACH_VECTOR(i, j, vectors)
+        {
+            c[i][j] = (look ? extra[i][from + j] : (Vector){0}) - m[j];
+        }
         multiply(c, vectors, k, 1, block->q_columns + from * LANES, block->s->head_size);
 
-#pragma GCC unroll 8
-        for (int i = 0; i < TILE; i++) {
-            if (i0 + i >= keys)
-                break;
-#pragma GCC unroll 3
-            for (int j = 0; j < vectors; j++) {
+        EACH_VECTOR(i, j, vectors)
+        {
+            if (i0 + i < keys) {
                 Vector x = c[i][j];
-                if (look) {
-                    Vector e = extra[i][from + j];
-                    x = vector_select(e == -INFINITY, e, x);
-                }
+                if (look)
+                    x = vector_select(extra[i][from + j] == -INFINITY, extra[i][from + j], x);
                 top[j] = vector_max(x, top[j]);
                 Vector weight = exp2_vector(x);
                 sum[j] += weight;
@@ -170,17 +163,15 @@ INLINE void add_values(FlashBlock *block, const float *p, int key, int keys, int
         const float *v[TILE]; /* past the last: the last again; out_columns has room for the results */
         for (int i = 0; i < TILE; i++)
             v[i] = block->v + (size_t)key * block->key_step + smaller(d + i, head_size - 1);
-#pragma GCC unroll 8
-        for (int i = 0; i < TILE; i++)
-#pragma GCC unroll 3
-            for (int j = 0; j < vectors; j++)
-                c[i][j] = out[i * VECTORS + j];
+        EACH_VECTOR(i, j, vectors)
+        {
+            c[i][j] = out[i * VECTORS + j];
+        }
         multiply(c, vectors, v, block->key_step, p + from * LANES, keys);
-#pragma GCC unroll 8
-        for (int i = 0; i < TILE; i++)
-#pragma GCC unroll 3
-            for (int j = 0; j < vectors; j++)
-                out[i * VECTORS + j] = c[i][j];
+        EACH_VECTOR(i, j, vectors)
+        {
+            out[i * VECTORS + j] = c[i][j];
+        }
     }
 }
 

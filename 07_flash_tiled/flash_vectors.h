@@ -25,6 +25,16 @@ enum { LANES = 4, TILE = 4 };
 
 enum { VECTORS = 3 };
 
+/* For each row i of TILE and each vector j of the first `vectors` of a row: what follows in braces, written
+ * out once for each, so that c[i][j] is a register. */
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 8")
+#endif
+#define EACH_VECTOR(i, j, vectors)                                                                           \
+    UNROLL for (int i = 0; i < TILE; i++) UNROLL for (int j = 0; j < VECTORS; j++) if (j < (vectors))
+
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), may_alias));
 typedef int32_t IntVector __attribute__((vector_size(LANES * sizeof(float)), may_alias));
 
