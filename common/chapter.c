@@ -48,7 +48,8 @@ static void print_help(const Chapter *chapter)
 static void print_list(const Chapter *chapter)
 {
     for (const Kernel *k = chapter->kernels; k->name; k++)
-        printf("%s %s forward f32 cpu\n", k->name, k->takes == TAKES_X ? "x" : "qkv");
+        printf("%s %s %s f32 cpu\n", k->name, k->takes == TAKES_X ? "x" : "qkv",
+               k->backward ? "forward,backward" : "forward");
 }
 
 static void reject_unknown_kernel(const Chapter *chapter, const char *name)

@@ -145,8 +145,14 @@ bool check_case(const Chapter *chapter, int i, char *text, size_t size)
     int argc = 1;
     snprintf(words, sizeof words, "%s", c->words);
     char *rest = words;
-    for (char *word; (word = strtok_r(rest, " ", &rest)) && argc < 39;)
+    for (char *word; (word = strtok_r(rest, " ", &rest)) && argc < 35;)
         argv[argc++] = word;
+    if (kernel->backward) {
+        argv[argc++] = "--pass";
+        argv[argc++] = "both";
+        argv[argc++] = "--dout";
+        argv[argc++] = "randn";
+    }
     Options options;
     parse_options(&options, argc, argv);
 

@@ -1,4 +1,5 @@
 #include "memory.h"
+#include "oracle_backward.h"
 #include "run.h"
 
 #include <math.h>
@@ -61,20 +62,41 @@ static void check_core(Run *run, const size_t *rows, size_t count, const uint8_t
     free(weights);
 }
 
+/* The kernel's description of its module, with room for its heads. */
+typedef struct {
+    OracleLinear *query, *key, *value;
+    OracleModule module;
+} Description;
+
+static Description describe(const Run *run)
+{
+    const AttentionShape *s = &run->problem.shape;
+    Description d = {.query = allocate_zeroed(s->heads, sizeof *d.query),
+                     .key = allocate_zeroed(s->heads, sizeof *d.key),
+                     .value = allocate_zeroed(s->heads, sizeof *d.value)};
+    d.module = (OracleModule){.query = d.query, .key = d.key, .value = d.value};
+    run->kernel->describe(&d.module, d.query, d.key, d.value, &run->t, s);
+    return d;
+}
+
+static void free_description(Description *d)
+{
+    free(d->query);
+    free(d->key);
+    free(d->value);
+}
+
 static void check_module(Run *run, const size_t *rows, size_t count, const uint8_t *keep)
 {
     const AttentionShape *s = &run->problem.shape;
-    OracleLinear *query = allocate_zeroed(s->heads, sizeof *query),
-                 *key = allocate_zeroed(s->heads, sizeof *key),
-                 *value = allocate_zeroed(s->heads, sizeof *value);
-    OracleModule module = {.query = query, .key = key, .value = value};
-    run->kernel->describe(&module, query, key, value, &run->t, s);
+    Description description = describe(run);
 
     bool per_head = run->kernel->weights == WEIGHTS_PER_HEAD;
     size_t keys = s->key_tokens, width = s->embed_out, row_weights = keys * (per_head ? s->heads : 1);
     double *out = allocate_zeroed(count * width, sizeof *out);
     double *weights = run->t.weights ? allocate_zeroed(count * row_weights, sizeof *weights) : NULL;
-    double largest = oracle_module(out, weights, per_head, rows, count, run->t.x, &module, keep, s);
+    double largest =
+        oracle_module(out, weights, per_head, rows, count, run->t.x, &description.module, keep, s);
     double tolerance = tolerance_f32(s->key_tokens, largest);
     run->out = compare_rows(run->t.out, out, rows, count, width, tolerance);
     if (weights && !per_head)
@@ -90,9 +112,137 @@ static void check_module(Run *run, const size_t *rows, size_t count, const uint8
     }
     free(out);
     free(weights);
-    free(query);
-    free(key);
-    free(value);
+    free_description(&description);
+}
+
+/* ---- Gradients ---- */
+
+static void poison_gradients(Run *run)
+{
+    const AttentionShape *s = &run->problem.shape;
+    poison(run->t.dq, query_count(s));
+    poison(run->t.dk, key_count(s));
+    poison(run->t.dv, key_count(s));
+    poison(run->t.dbias, bias_elements(s));
+    poison(run->t.dx, run->t.dx ? (size_t)s->batch * s->tokens * s->embed : 0);
+    for (int i = 0; i < run->parameters.count; i++)
+        poison(run->parameters.list[i].gradient,
+               run->parameters.list[i].size[0] * run->parameters.list[i].size[1]);
+    for (int i = 0; i < MAX_BUFFERS && run->t.backward_workspace[i]; i++)
+        poison(run->t.backward_workspace[i], run->backward_workspace_size[i]);
+}
+
+/* Of the gradients compared so far the run keeps the one that is furthest off. */
+static void keep_worst(Run *run, const char *name, Comparison c)
+{
+    const Comparison *worst = &run->gradient;
+    bool worse = worst->count == 0 || (worst->passed && (!c.passed || c.relative_l2 > worst->relative_l2));
+    if (!worse)
+        return;
+    run->gradient = c;
+    snprintf(run->gradient_name, sizeof run->gradient_name, "%s", name);
+}
+
+static void check_core_gradients(Run *run, const size_t *rows, size_t count, const uint8_t *keep)
+{
+    const AttentionShape *s = &run->problem.shape;
+    size_t width = s->head_size, all = lse_count(s);
+    double *lse = allocate_zeroed(all, sizeof *lse), *delta = allocate_zeroed(all, sizeof *delta);
+    double *out = run->sampled ? NULL : allocate_zeroed(all * width, sizeof *out);
+    if (out)
+        oracle_attention(out, lse, NULL, NULL, all, run->t.q, run->t.k, run->t.v, keep, s);
+    for (size_t row = 0; row < all; row++) {
+        if (run->sampled)
+            lse[row] = run->t.lse[row];
+        for (size_t i = row * width; i < (row + 1) * width; i++)
+            delta[row] += (double)run->t.dout[i] * (out ? out[i] : (double)run->t.out[i]);
+    }
+    free(out);
+    OracleGradient g = {run->t.q, run->t.k, run->t.v, run->t.dout, lse, delta, keep, s};
+
+    double *dq = allocate_zeroed(count * width, sizeof *dq);
+    oracle_dq(dq, rows, count, &g);
+    keep_worst(run, "dq", compare_rows(run->t.dq, dq, rows, count, width, run->out.tolerance));
+    free(dq);
+
+    size_t keys = (size_t)s->batch * s->kv_heads * s->key_tokens,
+           judged = run->sampled && keys > 64 ? 64 : keys;
+    size_t *key_rows = allocate_zeroed(judged, sizeof *key_rows);
+    if (judged < keys)
+        judged = sample_rows(key_rows, judged, keys, s->key_tokens);
+    else
+        for (size_t i = 0; i < keys; i++)
+            key_rows[i] = i;
+    double *dk = allocate_zeroed(judged * width, sizeof *dk),
+           *dv = allocate_zeroed(judged * width, sizeof *dv);
+    oracle_dkv(dk, dv, key_rows, judged, &g);
+    keep_worst(run, "dk", compare_rows(run->t.dk, dk, key_rows, judged, width, run->out.tolerance));
+    keep_worst(run, "dv", compare_rows(run->t.dv, dv, key_rows, judged, width, run->out.tolerance));
+    free(dk);
+    free(dv);
+    free(key_rows);
+
+    if (s->bias) {
+        size_t elements = bias_elements(s), chosen = run->sampled && elements > 64 ? 64 : elements;
+        size_t *which = allocate_zeroed(chosen, sizeof *which);
+        if (chosen < elements)
+            chosen = sample_rows(which, chosen, elements, s->key_tokens);
+        else
+            for (size_t i = 0; i < elements; i++)
+                which[i] = i;
+        double *dbias = allocate_zeroed(chosen, sizeof *dbias);
+        oracle_dbias(dbias, which, chosen, &g);
+        keep_worst(run, "dbias", compare_rows(run->t.dbias, dbias, which, chosen, 1, run->out.tolerance));
+        free(dbias);
+        free(which);
+    }
+    free(lse);
+    free(delta);
+}
+
+/* Only what the oracle has judged: the rest of expected is NaN. */
+static Comparison compare_judged(const float *ours, double *expected, size_t count, double tolerance)
+{
+    float *picked = allocate_floats(count);
+    size_t judged = 0;
+    for (size_t i = 0; i < count; i++)
+        if (!isnan(expected[i])) {
+            picked[judged] = ours[i];
+            expected[judged++] = expected[i];
+        }
+    Comparison result = compare(picked, expected, judged, tolerance);
+    free(picked);
+    return result;
+}
+
+static void check_module_gradients(Run *run, const size_t *rows, size_t count, const uint8_t *keep)
+{
+    (void)rows;
+    (void)count;
+    const AttentionShape *s = &run->problem.shape;
+    size_t x_size = (size_t)s->batch * s->tokens * s->embed;
+    double *dx = allocate_zeroed(x_size, sizeof *dx);
+    OracleParameter *parameters = allocate_zeroed(run->parameters.count, sizeof *parameters);
+    for (int i = 0; i < run->parameters.count; i++) {
+        parameters[i].data = run->parameters.list[i].data;
+        parameters[i].count = run->parameters.list[i].size[0] * run->parameters.list[i].size[1];
+        parameters[i].gradient = allocate_zeroed(parameters[i].count, sizeof(double));
+    }
+    Description description = describe(run);
+    oracle_module_backward(dx, parameters, run->parameters.count, run->sampled, run->t.dout, run->t.x,
+                           &description.module, keep, s);
+    keep_worst(run, "dx", compare_judged(run->t.dx, dx, x_size, run->out.tolerance));
+    for (int i = 0; i < run->parameters.count; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "d_%s", run->parameters.list[i].name);
+        keep_worst(run, name,
+                   compare_judged(run->parameters.list[i].gradient, parameters[i].gradient,
+                                  parameters[i].count, run->out.tolerance));
+        free(parameters[i].gradient);
+    }
+    free_description(&description);
+    free(parameters);
+    free(dx);
 }
 
 bool check_run(Run *run)
@@ -110,7 +260,7 @@ bool check_run(Run *run)
     forward_run(run);
 
     size_t all = module ? (size_t)s->batch * s->tokens : lse_count(s);
-    run->sampled = all > SAMPLE && forward_flops(run) > all_at_most;
+    run->sampled = all > SAMPLE && run_flops(run, run->pass) > all_at_most;
     size_t count = run->sampled ? SAMPLE : all;
     size_t *rows = allocate_zeroed(count, sizeof *rows);
     if (run->sampled)
@@ -119,11 +269,16 @@ bool check_run(Run *run)
         for (size_t i = 0; i < all; i++)
             rows[i] = i;
     uint8_t *keep = dropout_mask(run);
-    run->out = run->lse = run->weights = (Comparison){.passed = true};
+    run->gradient = run->out = run->lse = run->weights = (Comparison){.passed = true};
     (module ? check_module : check_core)(run, rows, count, keep);
+    if (run->pass != PASS_FORWARD) {
+        poison_gradients(run);
+        backward_run(run);
+        (module ? check_module_gradients : check_core_gradients)(run, rows, count, keep);
+    }
     free(keep);
     free(rows);
-    return run->out.passed && run->lse.passed && run->weights.passed;
+    return run->out.passed && run->lse.passed && run->weights.passed && run->gradient.passed;
 }
 
 void check_text(char *text, size_t size, const Run *run)
@@ -132,9 +287,19 @@ void check_text(char *text, size_t size, const Run *run)
         const char *name;
         const Comparison *c;
     } parts[] = {{"out", &run->out}, {"lse", &run->lse}, {"weights", &run->weights}};
+    const char *judged = run->sampled ? "sample" : "all";
     char one[200];
     comparison_text(one, sizeof one, &run->out);
-    snprintf(text, size, "%s (%s)", one, run->sampled ? "sample" : "all");
+    snprintf(text, size, "%s (%s)", one, judged);
+    if (run->pass != PASS_FORWARD && run->gradient.passed) {
+        comparison_text(one, sizeof one, &run->gradient);
+        snprintf(text, size, "out L2 %.1e; gradients, the furthest off is %s: %s (%s)", run->out.relative_l2,
+                 run->gradient_name, one, judged);
+    }
+    if (!run->gradient.passed) {
+        comparison_text(one, sizeof one, &run->gradient);
+        snprintf(text + strlen(text), size - strlen(text), "; %s: %s", run->gradient_name, one);
+    }
     for (int i = 1; i < 3; i++)
         if (parts[i].c->count && !parts[i].c->passed) {
             comparison_text(one, sizeof one, parts[i].c);

@@ -19,6 +19,13 @@ typedef struct {
     float *lse;                             /* cores: (B,NH,T) */
     float *weights;                         /* as Kernel.weights says */
     float *workspace[MAX_BUFFERS];          /* as Kernel.workspace asked, 64-byte aligned, uninitialised */
+    /* The backward pass: dout is read; the gradients are written (not added to). */
+    const float *dout;   /* as out */
+    float *dq, *dk, *dv; /* cores: as q, k, v */
+    float *dbias;        /* as the bias lies in memory, with its strides; NULL without a bias */
+    float *dx;           /* modules: as x */
+    float *d_parameter[MAX_PARAMETERS];     /* modules: as their parameters */
+    float *backward_workspace[MAX_BUFFERS]; /* as Kernel.backward_workspace asked */
 } Tensors;
 
 /* A module's parameters, drawn one after another from one generator as its PyTorch constructor does. */
@@ -29,7 +36,7 @@ typedef struct {
         char name[48]; /* the notebook's, "W_query.weight" */
         int axes;      /* 1 or 2 */
         size_t size[2];
-        float *data;
+        float *data, *gradient; /* gradient: NULL in a forward pass */
     } list[MAX_PARAMETERS];
 } Parameters;
 
@@ -73,6 +80,10 @@ typedef struct Kernel {
     const char *what; /* half a line for --help */
     Takes takes;
     void (*forward)(const Tensors *t, const AttentionShape *s);
+    /* Called after forward, which left out, lse, weights and workspace as they are. NULL: the kernel has no
+     * backward. */
+    void (*backward)(const Tensors *t, const AttentionShape *s);
+    int (*backward_workspace)(const AttentionShape *s, size_t floats[MAX_BUFFERS]);
     /* Fills floats[] with the number of floats of each workspace buffer and returns how many buffers. NULL:
      * none. */
     int (*workspace)(const AttentionShape *s, size_t floats[MAX_BUFFERS]);

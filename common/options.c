@@ -38,7 +38,8 @@ static const struct {
     {"v", "FILE", "v (B,NKV,TK,HS)", TEXT, AT(v_path)},
     {"bias", "FILE|randn", "added to the scores; 2 to 4 axes that broadcast to (B,NH,T,TK)", TEXT,
      AT(bias_path)},
-    {"dout", "FILE|randn", "the gradient of out, for the backward pass", TEXT, AT(dout_path)},
+    {"dout", "FILE|randn", "the gradient of out, for the backward pass; default all ones", TEXT,
+     AT(dout_path)},
     {"causal", NULL, "no query sees a later key", FLAG, AT(causal)},
     {"mask", "NAME[:ARG]", "causal, window:W, prefix:P, local-global:W:G, dilated:W:D, documents:L1,..", TEXT,
      AT(mask)},
@@ -223,6 +224,8 @@ void parse_options(Options *o, int argc, char **argv)
     read_array(&o->k, "k", o->k_path);
     read_array(&o->v, "v", o->v_path);
     read_array(&o->bias, "bias", o->bias_randn ? NULL : o->bias_path);
+    o->dout_randn = o->dout_path && strcmp(o->dout_path, "randn") == 0;
+    read_array(&o->dout, "dout", o->dout_randn ? NULL : o->dout_path);
 }
 
 void free_options(Options *o)
@@ -232,4 +235,5 @@ void free_options(Options *o)
     free(o->k.data);
     free(o->v.data);
     free(o->bias.data);
+    free(o->dout.data);
 }

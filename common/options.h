@@ -19,8 +19,8 @@ typedef struct {
     Device device;
     int batch, tokens, key_tokens, embed, embed_out, heads, kv_heads, head_size;
     const char *x_path, *q_path, *k_path, *v_path, *bias_path, *dout_path;
-    NpyArray x, q, k, v, bias; /* read at once; data is NULL where there is no file */
-    bool bias_randn;
+    NpyArray x, q, k, v, bias, dout; /* read at once; data is NULL where there is no file */
+    bool bias_randn, dout_randn;
     bool causal;
     const char *mask, *lengths;
     bool has_scale;

@@ -162,6 +162,19 @@ static void broadcast_bias(AttentionShape *s, const NpyArray *bias)
     s->bias = bias->data;
 }
 
+/* dout is shaped as out. */
+static void match_dout(const AttentionShape *s, const NpyArray *dout, bool module)
+{
+    char have[96], want[96];
+    const size_t core[4] = {s->batch, s->heads, s->tokens, s->head_size};
+    const size_t whole[3] = {s->batch, s->tokens, s->embed_out};
+    int axes = module ? 3 : 4;
+    size_text(have, sizeof have, dout->size, dout->axes);
+    size_text(want, sizeof want, module ? whole : core, axes);
+    if (strcmp(have, want) != 0)
+        die(EXIT_USAGE, "--dout has shape %s; out, and so dout, is %s", have, want);
+}
+
 /* Why this kernel cannot do what was asked, in words that follow "kernel NAME"; "" if it can. */
 static void find_reason(Problem *p, const Kernel *kernel, const Options *o)
 {
@@ -174,7 +187,7 @@ static void find_reason(Problem *p, const Kernel *kernel, const Options *o)
         reason = "takes --q, --k and --v, not --x";
     else if (module && o->key_tokens && o->key_tokens != s->tokens)
         reason = "attends to its own tokens: --key-tokens is --tokens";
-    else if (o->pass != PASS_FORWARD)
+    else if (o->pass != PASS_FORWARD && !kernel->backward)
         reason = "has the pass forward only";
     else if (o->dtype != DTYPE_F32)
         reason = "takes --dtype f32, not bf16";
@@ -284,4 +297,6 @@ void resolve_problem(Problem *p, const Chapter *chapter, const Kernel *kernel, c
         die(EXIT_USAGE, "%s", wrong);
     if (o->bias.data && !module)
         broadcast_bias(s, &o->bias);
+    if (o->dout.data && !p->reason[0])
+        match_dout(s, &o->dout, module);
 }

@@ -1,6 +1,7 @@
 #include "run.h"
 #include "error.h"
 #include "memory.h"
+#include "oracle_backward.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -89,12 +90,46 @@ static void open_inputs(Run *run, const Options *o, const Run *inputs_of, float 
     }
 }
 
+static size_t parameter_count(const Run *run, int i)
+{
+    return run->parameters.list[i].size[0] * run->parameters.list[i].size[1];
+}
+
 static size_t kept_weights(const Run *run)
 {
     const AttentionShape *s = &run->problem.shape;
     return run->kernel->weights == WEIGHTS_PER_HEAD   ? weights_count(s)
            : run->kernel->weights == WEIGHTS_AVERAGED ? weights_count(s) / s->heads
                                                       : 0;
+}
+
+/* dout, drawn after everything else or all ones, and room for each gradient. */
+static void open_gradients(Run *run, const Options *o)
+{
+    const AttentionShape *s = &run->problem.shape;
+    bool module = run->kernel->takes == TAKES_X;
+    if (o->dout.data)
+        run->t.dout = o->dout.data;
+    else {
+        float *dout = own_floats(run, run->out_size);
+        if (o->dout_randn)
+            draw_randn(&run->after_inputs, dout, run->out_size);
+        else
+            for (size_t i = 0; i < run->out_size; i++)
+                dout[i] = 1;
+        run->t.dout = dout;
+    }
+    if (module)
+        run->t.dx = own_floats(run, x_count(s));
+    else {
+        run->t.dq = own_floats(run, query_count(s));
+        run->t.dk = own_floats(run, key_count(s));
+        run->t.dv = own_floats(run, key_count(s));
+        if (s->bias)
+            run->t.dbias = own_floats(run, bias_elements(s));
+    }
+    for (int i = 0; i < run->parameters.count; i++)
+        run->t.d_parameter[i] = run->parameters.list[i].gradient = allocate_floats(parameter_count(run, i));
 }
 
 Refusal open_run(Run *run, const Chapter *chapter, const Kernel *kernel, const Options *o,
@@ -122,9 +157,20 @@ Refusal open_run(Run *run, const Chapter *chapter, const Kernel *kernel, const O
     double extra = kernel->weights == WEIGHTS_PER_HEAD ? 4.0 * (double)run->weights_size : 0;
     for (int i = 0; i < buffers; i++)
         extra += 4.0 * (double)run->workspace_size[i];
-    double need = extra + 4.0 * (double)run->out_size + 4.0 * (double)run->weights_size +
-                  (module ? 4.0 * (double)x_count(s) + 16.0 * s->embed * (double)s->embed_out
-                          : 4.0 * (double)query_count(s) + 8.0 * (double)key_count(s)) +
+    run->pass = o->pass;
+    run->bias_axes = o->bias_randn ? 4 : o->bias.axes;
+    const size_t drawn[4] = {1, s->heads, s->tokens, s->key_tokens};
+    memcpy(run->bias_size, o->bias_randn ? drawn : o->bias.size, sizeof run->bias_size);
+    bool backward = o->pass != PASS_FORWARD;
+    int backward_buffers = backward && kernel->backward_workspace
+                               ? kernel->backward_workspace(s, run->backward_workspace_size)
+                               : 0;
+    for (int i = 0; i < backward_buffers; i++)
+        extra += 4.0 * (double)run->backward_workspace_size[i];
+    double inputs = module ? 4.0 * (double)x_count(s) + 16.0 * s->embed * (double)s->embed_out
+                           : 4.0 * (double)query_count(s) + 8.0 * (double)key_count(s);
+    double need = extra + 4.0 * (double)run->out_size + 4.0 * (double)run->weights_size + inputs +
+                  (backward ? inputs + 4.0 * (double)run->out_size : 0) +
                   (s->dropout > 0 && kernel->dropout != DROPOUT_POSITION ? (double)weights_count(s) : 0) +
                   (o->bias_randn ? 4.0 * s->heads * (double)s->tokens * s->key_tokens : 0);
     if (kernel->weights == WEIGHTS_PER_HEAD)
@@ -155,6 +201,11 @@ Refusal open_run(Run *run, const Chapter *chapter, const Kernel *kernel, const O
         run->t.weights = own_floats(run, run->weights_size);
     for (int i = 0; i < buffers; i++)
         run->t.workspace[i] = own_floats(run, run->workspace_size[i]);
+    if (backward) {
+        open_gradients(run, o);
+        for (int i = 0; i < backward_buffers; i++)
+            run->t.backward_workspace[i] = own_floats(run, run->backward_workspace_size[i]);
+    }
     return refusal;
 }
 
@@ -162,8 +213,10 @@ void close_run(Run *run)
 {
     for (int i = 0; i < run->owned_count; i++)
         free(run->owned[i]);
-    for (int i = 0; i < run->parameters.count; i++)
+    for (int i = 0; i < run->parameters.count; i++) {
         free(run->parameters.list[i].data);
+        free(run->parameters.list[i].gradient);
+    }
     run->owned_count = run->parameters.count = 0;
 }
 
@@ -174,6 +227,11 @@ void forward_run(Run *run)
     run->kernel->forward(&run->t, &run->problem.shape);
 }
 
+void backward_run(Run *run)
+{
+    run->kernel->backward(&run->t, &run->problem.shape);
+}
+
 /* ---- Counting ---- */
 
 static bool half_by_convention(const AttentionShape *s)
@@ -182,53 +240,68 @@ static bool half_by_convention(const AttentionShape *s)
     return causal && !s->lengths && s->tokens == s->key_tokens;
 }
 
-double forward_flops(const Run *run)
+double run_flops(const Run *run, Pass pass)
 {
+    static const double attention_times[] = {1, 2.5, 3.5}, projection_times[] = {1, 2, 3};
     const AttentionShape *s = &run->problem.shape;
     double pairs = half_by_convention(s) ? 0.5 * (double)weights_count(s) : count_pairs(s);
-    double flops = 4.0 * pairs * s->head_size;
+    double projections = 0;
     for (int i = 0; i < run->parameters.count; i++)
         if (run->parameters.list[i].axes == 2)
-            flops += 2.0 * s->batch * s->tokens * (double)run->parameters.list[i].size[0] *
-                     (double)run->parameters.list[i].size[1];
-    return flops;
+            projections += 2.0 * s->batch * s->tokens * (double)parameter_count(run, i);
+    return attention_times[pass] * 4 * pairs * s->head_size + projection_times[pass] * projections;
 }
 
-double forward_bytes(const Run *run)
+double run_bytes(const Run *run, Pass pass)
 {
     const AttentionShape *s = &run->problem.shape;
-    double floats = (double)run->out_size;
-    floats += run->kernel->takes == TAKES_X ? (double)x_count(s)
-                                            : (double)query_count(s) + 2.0 * (double)key_count(s);
+    double inputs = run->kernel->takes == TAKES_X ? (double)x_count(s)
+                                                  : (double)query_count(s) + 2.0 * (double)key_count(s);
     for (int i = 0; i < run->parameters.count; i++)
-        floats += (double)run->parameters.list[i].size[0] * (double)run->parameters.list[i].size[1];
-    if (s->bias)
-        floats += (s->bias_stride[0] ? s->batch : 1.0) * (s->bias_stride[1] ? s->heads : 1.0) *
-                  (s->bias_stride[2] ? s->tokens : 1.0) * (s->bias_stride[3] ? s->key_tokens : 1.0);
-    return 4.0 * floats;
+        inputs += (double)parameter_count(run, i);
+    inputs += (double)bias_elements(s);
+    double forward = inputs + (double)run->out_size;
+    double backward =
+        2 * inputs +
+        2 * (double)run->out_size; /* inputs, out and dout are read, a gradient of each input written */
+    return 4.0 * (pass == PASS_FORWARD ? forward : pass == PASS_BACKWARD ? backward : forward + backward);
 }
 
 /* ---- Saving, and words ---- */
 
+/* FOLDER/NAME.npy, unless something went wrong before or there is no such tensor. */
+static const char *save(const char *wrong, const char *folder, const char *name, const float *tensor,
+                        const size_t *size, int axes)
+{
+    char path[4096];
+    snprintf(path, sizeof path, "%s/%s.npy", folder, name);
+    return wrong || !tensor ? wrong : write_npy(path, tensor, size, axes);
+}
+
 const char *save_run(const Run *run, const char *folder)
 {
     const AttentionShape *s = &run->problem.shape;
-    char path[4096];
-    const size_t core[4] = {s->batch, s->heads, s->tokens, s->head_size};
-    const size_t module[3] = {s->batch, s->tokens, s->embed_out};
+    const Tensors *t = &run->t;
+    const size_t q[4] = {s->batch, s->heads, s->tokens, s->head_size};
+    const size_t k[4] = {s->batch, s->kv_heads, s->key_tokens, s->head_size};
+    const size_t x[3] = {s->batch, s->tokens, s->embed}, out[3] = {s->batch, s->tokens, s->embed_out};
     const size_t per_head[4] = {s->batch, s->heads, s->tokens, s->key_tokens};
     const size_t averaged[3] = {s->batch, s->tokens, s->key_tokens};
-    bool x = run->kernel->takes == TAKES_X, by_head = run->kernel->weights == WEIGHTS_PER_HEAD;
+    bool module = run->kernel->takes == TAKES_X, by_head = run->kernel->weights == WEIGHTS_PER_HEAD;
 
-    snprintf(path, sizeof path, "%s/out.npy", folder);
-    const char *wrong = write_npy(path, run->t.out, x ? module : core, x ? 3 : 4);
-    if (!wrong && run->t.lse) {
-        snprintf(path, sizeof path, "%s/lse.npy", folder);
-        wrong = write_npy(path, run->t.lse, core, 3);
-    }
-    if (!wrong && run->t.weights) {
-        snprintf(path, sizeof path, "%s/weights.npy", folder);
-        wrong = write_npy(path, run->t.weights, by_head ? per_head : averaged, by_head ? 4 : 3);
+    const char *wrong = save(NULL, folder, "out", t->out, module ? out : q, module ? 3 : 4);
+    wrong = save(wrong, folder, "lse", t->lse, q, 3);
+    wrong = save(wrong, folder, "weights", t->weights, by_head ? per_head : averaged, by_head ? 4 : 3);
+    wrong = save(wrong, folder, "dq", t->dq, q, 4);
+    wrong = save(wrong, folder, "dk", t->dk, k, 4);
+    wrong = save(wrong, folder, "dv", t->dv, k, 4);
+    wrong = save(wrong, folder, "dbias", t->dbias, run->bias_size, run->bias_axes);
+    wrong = save(wrong, folder, "dx", t->dx, x, 3);
+    for (int i = 0; i < run->parameters.count; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "d_%s", run->parameters.list[i].name);
+        wrong = save(wrong, folder, name, run->parameters.list[i].gradient, run->parameters.list[i].size,
+                     run->parameters.list[i].axes);
     }
     return wrong;
 }

@@ -19,10 +19,15 @@ typedef struct {
     size_t extra_bytes;  /* held beyond inputs and outputs: the workspace, and weights that are kept */
     size_t out_size;     /* elements of t.out */
     size_t weights_size; /* elements of t.weights */
-    size_t workspace_size[MAX_BUFFERS];
-    bool sampled;                  /* the oracle judged a sample */
-    Comparison out, lse, weights;  /* count 0 where there is nothing to compare */
-    void *owned[16 + MAX_BUFFERS]; /* what close_run() frees */
+    size_t workspace_size[MAX_BUFFERS], backward_workspace_size[MAX_BUFFERS];
+    Pass pass;
+    size_t bias_size[NPY_MAX_AXES]; /* the shape of the bias, and so of dbias */
+    int bias_axes;
+    bool sampled;                 /* the oracle judged a sample */
+    Comparison out, lse, weights; /* count 0 where there is nothing to compare */
+    Comparison gradient;          /* of the gradient that is furthest off, for its tolerance */
+    char gradient_name[64];
+    void *owned[24 + 2 * MAX_BUFFERS]; /* what close_run() frees */
     int owned_count;
 } Run;
 
@@ -43,24 +48,29 @@ void close_run(Run *run);
 /* One forward pass, dropout starting where PyTorch's would. */
 void forward_run(Run *run);
 
-/* Poisons outputs and workspace with NaN, calls forward, compares with the oracle; true if all of it passed.
+/* The backward pass behind it: every gradient, from what forward left. */
+void backward_run(Run *run);
+
+/* Poisons outputs and workspace with NaN, calls forward (and backward if the pass asks for it), compares with
+ * the oracle; true if all of it passed.
  */
 bool check_run(Run *run);
 /* "L2 3.1e-07, max 4.8e-07, 0 NaN (all)" of out, and of lse and weights where there are any. */
 void check_text(char *text, size_t size, const Run *run);
 
 /* What the literature counts: forward 4*B*NH*T*TK*HS, half of it for causal with T = TK, the allowed pairs
- * for other masks; modules add 2*m*n*k for each projection. */
-double forward_flops(const Run *run);
+ * for other masks; backward 2.5 times that, both 3.5 times. Modules add 2*m*n*k for each projection forward,
+ * twice that backward, three times both. */
+double run_flops(const Run *run, Pass pass);
 /* Each input read once, each output written once. */
-double forward_bytes(const Run *run);
+double run_bytes(const Run *run, Pass pass);
 
 /* Times the open runs interleaved, `repeat` rounds after a warm-up, bursts of the peak between them. One row
  * each, printed by the caller; the runs must have been checked. what: shown as progress on a terminal. */
 void time_runs(BenchmarkRow *row, Run *const *runs, int count, const Chapter *chapter, int repeat,
                int threads);
 
-/* out, lse and weights as .npy files in folder (which exists). Returns NULL or what went wrong. */
+/* out, lse, weights and gradients as .npy files in folder (which exists). Returns NULL or what went wrong. */
 const char *save_run(const Run *run, const char *folder);
 
 /* The problem in one line: "1 x 12 heads x 1024 tokens x 64, causal". */

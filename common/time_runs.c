@@ -8,6 +8,7 @@
 void time_runs(BenchmarkRow *row, Run *const *runs, int count, const Chapter *chapter, int repeat,
                int threads)
 {
+    static const char *const pass_names[] = {"forward", "backward", "both"};
     const double burst_ms = 4;
     bool terminal = isatty(STDERR_FILENO);
     double *ms = allocate_zeroed((size_t)count * repeat, sizeof *ms);
@@ -17,16 +18,22 @@ void time_runs(BenchmarkRow *row, Run *const *runs, int count, const Chapter *ch
             if (terminal)
                 fprintf(stderr, "\r\033[Ktiming %s, round %d of %d", runs[i]->kernel->name, round + 1,
                         repeat);
+            Pass pass = runs[i]->pass;
+            if (pass == PASS_BACKWARD)
+                forward_run(runs[i]); /* backward may use up what forward left */
             double before = peak_burst_gflops(threads, burst_ms);
             double start = now();
-            forward_run(runs[i]);
+            if (pass != PASS_BACKWARD)
+                forward_run(runs[i]);
+            if (pass != PASS_FORWARD)
+                backward_run(runs[i]);
             double seconds = now() - start;
             double after = peak_burst_gflops(threads, burst_ms);
             if (round < 0)
                 continue;
             ms[i * repeat + round] = 1e3 * seconds;
             share[i * repeat + round] =
-                100 * 1e-9 * forward_flops(runs[i]) / seconds / (0.5 * (before + after));
+                100 * 1e-9 * run_flops(runs[i], pass) / seconds / (0.5 * (before + after));
         }
     if (terminal)
         fprintf(stderr, "\r\033[K");
@@ -39,7 +46,7 @@ void time_runs(BenchmarkRow *row, Run *const *runs, int count, const Chapter *ch
             .kernel = run->kernel->name,
             .device = "cpu",
             .dtype = "f32",
-            .pass = "forward",
+            .pass = pass_names[run->pass],
             .batch = s->batch,
             .heads = s->heads,
             .kv_heads = s->kv_heads,
@@ -55,12 +62,12 @@ void time_runs(BenchmarkRow *row, Run *const *runs, int count, const Chapter *ch
             .percent_of_peak = median(share + (size_t)i * repeat, repeat),
             .pairs_kept = count_pairs(s) / (double)weights_count(s),
             .peak_mib = (double)run->extra_bytes / (1 << 20),
-            .max_abs_err = run->out.max_abs,
+            .max_abs_err = run->pass == PASS_FORWARD ? run->out.max_abs : run->gradient.max_abs,
             .checked = run->sampled ? "sample" : "all",
         };
         mask_text(row[i].mask, sizeof row[i].mask, s);
-        row[i].gflops = 1e-6 * forward_flops(run) / row[i].time.ms_median;
-        row[i].gb_per_s = 1e-6 * forward_bytes(run) / row[i].time.ms_median;
+        row[i].gflops = 1e-6 * run_flops(run, run->pass) / row[i].time.ms_median;
+        row[i].gb_per_s = 1e-6 * run_bytes(run, run->pass) / row[i].time.ms_median;
     }
     free(ms);
     free(share);
