@@ -162,8 +162,9 @@ function fill_values(s,    out, start, stop, close_at, tag, word, value) {
         }
         tag = substr(s, start, stop - start + 3)
         split(substr(tag, 5, length(tag) - 7), word, " ")
-        value = word[1] == "value" ? lookup(word[2], word[3], word[4]) :
-            lookup(word[2], word[3], word[4]) / lookup(word[2], word[3], word[5])
+        value = lookup(word[2], word[3], word[4])
+        if (word[1] == "ratio")
+            value = value / (lookup(word[2], word[3], word[5]) + 0 ? lookup(word[2], word[3], word[5]) : 1)
         out = out substr(s, 1, start - 1) tag short(value) "<!--/-->"
         s = substr(s, close_at + 8)
     }
