@@ -21,7 +21,7 @@
 void softmax_row(float *row, int n);
 
 /* After the softmax: row (n) holds weights; those of the other keys become 0, the rest is divided by its sum.
- * Where that sum is 0 (see below) the row becomes NaN, as it does in PyTorch: 0/0. */
+ * Where that sum is 0 (see attention_renormalise) the row becomes NaN, 0/0, as it does in PyTorch. */
 void renormalise_row(float *row, int n, int allowed);
 
 /* Before the softmax: row (n) holds scores; those of the other keys become -inf. */
@@ -31,7 +31,7 @@ void mask_row(float *row, int n, int allowed);
 
 /* Softmax over all T keys, then renormalise_row(). On paper the same weights as attention_minus_inf(); in
  * floats only while no hidden score of a row exceeds the row's largest allowed one by more than 87. Beyond
- * that e^(score - largest) is 0 for every allowed key, and the row is lost: NaN. */
+ * that fast_exp(score - largest) is 0 for every allowed key, and the row is lost: NaN. */
 void attention_renormalise(float *out, float *weights, float *queries, float *keys, float *values,
                            const float *x, const float *w_query, const float *w_key, const float *w_value,
                            const AttentionShape *s);

@@ -154,9 +154,9 @@ static void story(Story *story)
 
     story_heading(story, "Where the two part");
     story_say(story,
-              "Three scores, 0, 1 and 100; the third is in the future. The softmax over all three gives it "
+              "Three scores, 0, 1 and 110; the third is in the future. The softmax over all three gives it "
               "everything, and nothing is left to renormalise.");
-    float after[3] = {0, 1, 100}, before[3] = {0, 1, 100};
+    float after[3] = {0, 1, 110}, before[3] = {0, 1, 110};
     softmax_row(after, 3);
     renormalise_row(after, 3, 2);
     mask_row(before, 3, 2);

@@ -128,15 +128,13 @@ static const double published[6][4] = {
 static void story(Story *story)
 {
     story_heading(story, "Two heads of CausalAttention, side by side");
-    story_say(story,
-              "\"Your journey starts with one step\", six tokens of three numbers. Each head makes two "
-              "numbers of them: columns 1 and 2 are the first head's, 3 and 4 the second's.");
+    story_say(story, "\"Your journey starts with one step\", six tokens of three numbers. Each head makes "
+                     "two numbers of them: columns 1 and 2 are the first head's, 3 and 4 the second's.");
     const StoryRun *two = story_run(story, "stacked", "");
     story_expect(story, "out, seed 123", two->t.out, &published[0][0], 6, 4);
 
     story_say(story, "\nThe heads know nothing of each other. The first of three is the one that the same "
-                     "seed draws alone, "
-                     "chapter 2's:");
+                     "seed draws alone, chapter 2's:");
     const StoryRun *three =
         story_run(story, "stacked", "--batch 1 --tokens 6 --embed 3 --heads 3 --head-size 2");
     const StoryRun *one =
@@ -151,8 +149,7 @@ static void story(Story *story)
 
     story_heading(story, "At the notebook's size: 8 x 1024 x 768, 12 heads, and an output projection");
     story_say(story, "PyTorch's values for implementation 1 were computed by running its module with the "
-                     "same seed. Six of "
-                     "them, and the square root of the sum of squares of all 6291456:");
+                     "same seed. Six of them, and the square root of the sum of squares of all 6291456:");
     static const int places[6][3] = {{0, 0, 0},     {0, 1, 1},     {1, 511, 100},
                                      {3, 512, 383}, {5, 700, 640}, {7, 1023, 767}};
     static const double values[6] = {-0.3221758, -0.3710763, 0.03839746, 0.01324414, 0.05652134, 0.001141259};
@@ -169,9 +166,8 @@ static void story(Story *story)
                 sqrt(sum));
 
     story_time(story, "wrapper", "");
-    story_say(
-        story,
-        "\nTwelve heads read x 36 times and multiply it with 36 narrow matrices. Chapter 4 does it in one.");
+    story_say(story, "\nTwelve heads read x 36 times and multiply it with 36 narrow matrices. Chapter 4 "
+                     "does it in one.");
 }
 
 const Chapter chapter = {

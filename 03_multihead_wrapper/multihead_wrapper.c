@@ -53,13 +53,13 @@ void causal_head(float *context, float *weights, float *q, float *k, float *v, c
     linear(k, x, head->key_weight, NULL, (size_t)B * T, C, HS);
     linear(v, x, head->value_weight, NULL, (size_t)B * T, C, HS);
 
-    /* weights = softmax(scale Q K^T), a block of rows at a time */
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int b = 0; b < B; b++)
         for (int t0 = 0; t0 < T; t0 += BLOCK) {
             int t1 = t0 + BLOCK < T ? t0 + BLOCK : T;
             const float *q_b = q + (size_t)b * T * HS, *k_b = k + (size_t)b * T * HS;
             float *weights_b = weights + b * next_entry;
+            /* weights = softmax(scale Q K^T) */
             matmul('N', 'T', t1 - t0, t1, HS, s->scale, q_b + (size_t)t0 * HS, HS, k_b, HS, 0,
                    weights_b + (size_t)t0 * T, T);
             for (int t = t0; t < t1; t++)
@@ -72,12 +72,12 @@ void causal_head(float *context, float *weights, float *q, float *k, float *v, c
         for (int b = 0; b < B; b++)
             apply_dropout(s->dropout_stream, weights + b * next_entry, head_weights, s->dropout);
 
-            /* context = weights V, straight to this head's columns */
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int b = 0; b < B; b++)
         for (int t0 = 0; t0 < T; t0 += BLOCK) {
             int t1 = t0 + BLOCK < T ? t0 + BLOCK : T;
             const float *v_b = v + (size_t)b * T * HS, *weights_b = weights + b * next_entry;
+            /* context = weights V, straight to this head's columns */
             matmul('N', 'N', t1 - t0, HS, t1, 1, weights_b + (size_t)t0 * T, T, v_b, HS, 0,
                    context + ((size_t)b * T + t0) * C_out, C_out);
         }

@@ -2,6 +2,8 @@
 #include "mistakes.h"
 #include "packed_qkv.h"
 
+#include <limits.h>
+
 static size_t tokens_of(const AttentionShape *s)
 {
     return (size_t)s->batch * s->tokens;
@@ -61,6 +63,12 @@ static void describe_split(OracleModule *module, OracleLinear *query, OracleLine
 
 /* ---- packed-qkv ---- */
 
+/* A packed row must be countable in an int. */
+static const char *refuses_too_wide(const AttentionShape *s)
+{
+    return s->embed_out > INT_MAX / 3 ? "takes --embed-out up to 715827882" : NULL;
+}
+
 static void draw_packed(Parameters *p, const AttentionShape *s)
 {
     add_linear(p, "qkv", 3 * s->embed_out, s->embed, false);
@@ -95,7 +103,7 @@ static void describe_packed(OracleModule *module, OracleLinear *query, OracleLin
 
 static const char *refuses_another_width(const AttentionShape *s)
 {
-    return s->embed != s->embed_out ? "takes --embed-out equal to --embed" : NULL;
+    return s->embed != s->embed_out ? "takes --embed-out equal to --embed" : refuses_too_wide(s);
 }
 
 /* nn.MultiheadAttention's constructor makes its out_proj before it initialises in_proj_weight. */
@@ -159,6 +167,7 @@ static const Kernel kernels[] = {
      .weights = WEIGHTS_PER_HEAD,
      .dropout = DROPOUT_STREAM,
      .defaults = &two_heads,
+     .refuses = refuses_too_wide,
      .own_mask = OWN_MASK_CAUSAL,
      .parameters = draw_packed,
      .describe = describe_packed},
@@ -188,15 +197,13 @@ static void tell_published_numbers(Story *story)
 {
     story_heading(story, "Three projections, split into two heads");
     story_say(story, "\"Your journey starts with one step\": each W makes two numbers of a token's three, "
-                     "one for each head. "
-                     "Nothing is moved to split them; a head is a column.");
+                     "one for each head. Nothing is moved to split them; a head is a column.");
     const StoryRun *split = story_run(story, "split-heads", "");
     story_expect(story, "out, seed 123", split->t.out, &published[0][0], 6, 2);
 
     story_heading(story, "One projection");
     story_say(story, "The three matrices above one another are one matrix, and PyTorch draws the same "
-                     "numbers for it. So the "
-                     "packed module must print the same again:");
+                     "numbers for it. So the packed module must print the same again:");
     const StoryRun *packed = story_run(story, "packed-qkv", "");
     story_expect(story, "out, seed 123", packed->t.out, &published[0][0], 6, 2);
 }
@@ -218,9 +225,9 @@ static const double torch_weights[6][6] = {
 static void tell_torch_mha(Story *story)
 {
     story_heading(story, "nn.MultiheadAttention, three heads of one number");
-    story_say(story, "It draws its output projection before its packed one, and bounds the latter by the sum "
-                     "of both its sides. It "
-                     "returns one matrix of weights: the heads' average. Beside PyTorch's:");
+    story_say(story, "It draws its output projection before its packed one, and bounds the latter by the "
+                     "sum of both its sides. It returns one matrix of weights: the heads' average. Beside "
+                     "PyTorch's:");
     const StoryRun *run = story_run(story, "torch-mha", "");
     story_expect(story, "out, seed 123", run->t.out, &torch_out[0][0], 6, 3);
     story_expect(story, "weights, averaged", run->t.weights, &torch_weights[0][0], 6, 6);
@@ -235,10 +242,9 @@ static void tell_folded_batch(Story *story)
     const float *qkv = run->t.workspace[0];
 
     story_heading(story, "Mistake 1: view(1, -1, 2, 6) on a batch of two");
-    story_say(story, "The SDPA notebook's cell: width 12, 2 heads, x (2,5,12). chunk(3, -1) is columns 0-11, "
-                     "12-23 and 24-35 of "
-                     "the product: queries, keys, values. The view then makes one sequence of ten tokens of "
-                     "the two of five.");
+    story_say(story, "The SDPA notebook's cell: width 12, 2 heads, x (2,5,12). chunk(3, -1) is columns "
+                     "0-11, 12-23 and 24-35 of the product: queries, keys, values. The view then makes one "
+                     "sequence of ten tokens of the two of five.");
     AttentionShape wrong = folded_batch(&run->shape);
     attend_heads(context, weights, qkv, qkv + C, qkv + 2 * C, 3 * C, &wrong);
     double leaked = 0; /* head 0, row T: the first token of the second sequence */
@@ -254,9 +260,8 @@ static void tell_folded_batch(Story *story)
     story_heading(story, "Mistake 2: head_dim = 12 // (2 * 3)");
     wrong = third_of_a_head(&run->shape);
     story_say(story,
-              "Dividing by 3 is right for the packed width 36, not for 12. Heads of %d instead of 6 are no "
-              "error: view's "
-              "-1 makes up for it with more tokens.",
+              "Dividing by 3 is right for the packed width 36, not for 12. Heads of %d instead of 6 "
+              "are no error: view's -1 makes up for it with more tokens.",
               wrong.head_size);
     story_claim(story, wrong.tokens == 15, "5 tokens have become %d", wrong.tokens);
 }
@@ -269,11 +274,9 @@ static void tell_without_transpose(Story *story)
     const float *q = run->t.workspace[0], *k = run->t.workspace[1], *v = run->t.workspace[2];
 
     story_heading(story, "Mistake 3: view(B, NH, T, HS) without the transpose");
-    story_say(
-        story,
-        "The first token may see itself alone, so its context is its own value: of head 1 its value's first "
-        "number, "
-        "of head 2 the second. Read without the transpose, head 2 begins in the middle of the sentence.");
+    story_say(story, "The first token may see itself alone, so its context is its own value: of head 1 its "
+                     "value's first number, of head 2 the second. Read without the transpose, head 2 begins "
+                     "in the middle of the sentence.");
     AttentionShape wrong = without_transpose(&run->shape);
     attend_heads(context, weights, q, k, v, run->shape.head_size, &wrong);
     const float *right = run->t.workspace[3];

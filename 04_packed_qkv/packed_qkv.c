@@ -47,7 +47,6 @@ void attend_heads(float *context, float *weights, const float *q, const float *k
     int B = s->batch, T = s->tokens, NH = s->heads, HS = s->head_size;
     int C_out = NH * HS;
 
-    /* weights = softmax(scale Q K^T), a block of rows at a time */
 #pragma omp parallel for collapse(3) schedule(dynamic)
     for (int b = 0; b < B; b++)
         for (int h = 0; h < NH; h++)
@@ -56,6 +55,7 @@ void attend_heads(float *context, float *weights, const float *q, const float *k
                 const float *q_bh = q + (size_t)b * T * row_stride + h * HS;
                 const float *k_bh = k + (size_t)b * T * row_stride + h * HS;
                 float *weights_bh = weights + lse_index(s, b, h, 0) * T;
+                /* weights = softmax(scale Q K^T) */
                 matmul('N', 'T', t1 - t0, t1, HS, s->scale, q_bh + (size_t)t0 * row_stride, row_stride, k_bh,
                        row_stride, 0, weights_bh + (size_t)t0 * T, T);
                 for (int t = t0; t < t1; t++)
@@ -67,7 +67,6 @@ void attend_heads(float *context, float *weights, const float *q, const float *k
     if (s->dropout > 0)
         apply_dropout(s->dropout_stream, weights, weights_count(s), s->dropout);
 
-        /* context = weights V, straight to the head's columns: concatenation costs nothing */
 #pragma omp parallel for collapse(3) schedule(dynamic)
     for (int b = 0; b < B; b++)
         for (int h = 0; h < NH; h++)
@@ -76,6 +75,7 @@ void attend_heads(float *context, float *weights, const float *q, const float *k
                 const float *weights_bh = weights + lse_index(s, b, h, 0) * T;
                 const float *v_bh = v + (size_t)b * T * row_stride + h * HS;
                 float *context_bh = context + (size_t)b * T * C_out + h * HS;
+                /* context = weights V, straight to the head's columns: concatenation costs nothing */
                 matmul('N', 'N', t1 - t0, HS, t1, 1, weights_bh + (size_t)t0 * T, T, v_bh, row_stride, 0,
                        context_bh + (size_t)t0 * C_out, C_out);
             }

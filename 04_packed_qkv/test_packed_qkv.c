@@ -15,9 +15,14 @@
 
 extern const Chapter chapter;
 
-/* One of the chapter's kernels, opened on "--batch 2 --tokens 5", forward called. */
+/* One of the chapter's kernels, opened on a problem such as "--batch 2 --tokens 5", forward called. Held
+ * until the test's process ends. */
 static Run *run_kernel(const char *name, const char *words)
 {
+    static Run runs[32];
+    static int count;
+    cr_assert(count < 32);
+    Run *run = &runs[count++];
     static char copy[256];
     char *argv[32] = {"run"};
     int argc = 1;
@@ -30,7 +35,6 @@ static Run *run_kernel(const char *name, const char *words)
     const Kernel *kernel = chapter.kernels;
     while (strcmp(kernel->name, name) != 0)
         kernel++;
-    Run *run = allocate_zeroed(1, sizeof *run);
     Refusal refusal = open_run(run, &chapter, kernel, &options, NULL, 1);
     cr_assert(refusal.exit_code == 0, "%s %s: %s", name, words, refusal.reason);
     forward_run(run);
@@ -259,7 +263,7 @@ Test(packed_qkv, block_edges_and_large_scores)
     };
     for (const Kernel *kernel = chapter.kernels; kernel->name; kernel++)
         for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
-            if (i == 5 && kernel->refuses)
+            if (i == 5 && strcmp(kernel->name, "torch-mha") == 0)
                 continue;
             Run *run = run_kernel(kernel->name, sizes[i]);
             cr_expect(check_run(run), "%s %s differs from the oracle", kernel->name, sizes[i]);
@@ -271,7 +275,6 @@ Test(packed_qkv, block_edges_and_large_scores)
                 ((float *)run->t.x)[j] *= 30;
             cr_expect(check_run(run), "%s %s, x times 30, differs from the oracle", kernel->name, sizes[i]);
             close_run(run);
-            free(run);
         }
 }
 
@@ -324,4 +327,6 @@ Test(torch_mha, refuses_another_width)
     cr_expect_str_eq(torch->refuses(&s), "takes --embed-out equal to --embed");
     s.embed = 2;
     cr_expect_null(torch->refuses(&s));
+    s.embed = s.embed_out = 1 << 30; /* 3 * C would not fit into an int */
+    cr_expect_not_null(torch->refuses(&s));
 }

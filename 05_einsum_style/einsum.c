@@ -213,30 +213,55 @@ static void clear(const Letter *letter, int letters, float *out)
             clear(letter + 1, letters - 1, out + i * letter->stride[EINSUM_OUT]);
 }
 
-/* out += a * b for every setting of the letters: one loop a letter. The innermost either sums into one
- * element of the result or adds to a row of it. */
-static void add_products(const Letter *letter, int letters, float *restrict out, const float *restrict a,
-                         const float *restrict b)
+/* The innermost loop where its letter is summed over: sum of a[i] * b[i]. Along memory it runs in the lanes
+ * of a vector. */
+static float dot(size_t n, const float *a, size_t step_a, const float *b, size_t step_b)
+{
+    float sum = 0;
+    if (step_a == 1 && step_b == 1) {
+#pragma omp simd reduction(+ : sum)
+        for (size_t i = 0; i < n; i++)
+            sum += a[i] * b[i];
+    } else {
+        for (size_t i = 0; i < n; i++)
+            sum += a[i * step_a] * b[i * step_b];
+    }
+    return sum;
+}
+
+/* The innermost loop where its letter is in the result: out[i] += a[i] * b[i]. If one operand stays where it
+ * is, and the others lie along memory, this too is a loop for vectors. */
+static void add_row(size_t n, float *restrict out, size_t step_out, const float *restrict a, size_t step_a,
+                    const float *restrict b, size_t step_b)
+{
+    if (step_out == 1 && step_a == 0 && step_b == 1) {
+        float factor = *a;
+        for (size_t i = 0; i < n; i++)
+            out[i] += factor * b[i];
+    } else {
+        for (size_t i = 0; i < n; i++)
+            out[i * step_out] += a[i * step_a] * b[i * step_b];
+    }
+}
+
+/* out += a * b for every setting of the letters: one loop a letter. */
+static void add_products(const Letter *letter, int letters, float *out, const float *a, const float *b)
 {
     if (letters == 0) {
         *out += *a * *b;
         return;
     }
-    size_t n = letter->size, step_out = letter->stride[EINSUM_OUT], step_a = letter->stride[EINSUM_A],
-           step_b = letter->stride[EINSUM_B];
-    if (letters > 1) {
+    size_t n = letter->size, step_out = letter->stride[EINSUM_OUT];
+    size_t step_a = letter->stride[EINSUM_A], step_b = letter->stride[EINSUM_B];
+    if (letters > 1)
         for (size_t i = 0; i < n; i++)
             add_products(letter + 1, letters - 1, out + i * step_out, a + i * step_a, b + i * step_b);
-    } else if (!letter->in[EINSUM_OUT]) {
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (size_t i = 0; i < n; i++)
-            sum += a[i * step_a] * b[i * step_b];
-        *out += sum;
-    } else {
-        for (size_t i = 0; i < n; i++)
-            out[i * step_out] += a[i * step_a] * b[i * step_b];
-    }
+    else if (!letter->in[EINSUM_OUT])
+        *out += dot(n, a, step_a, b, step_b);
+    else if (letter->in[EINSUM_B])
+        add_row(n, out, step_out, a, step_a, b, step_b);
+    else
+        add_row(n, out, step_out, b, step_b, a, step_a);
 }
 
 /* The letters that reach furthest are the outer loops, so that the innermost runs along memory. The result's

@@ -36,10 +36,10 @@ View transpose(View v, int axis, int other);
 
 /* ---- Running a specification ---- */
 
-/* out = what the specification says of a and b. out must not overlap them, nor itself. A specification that
- * is wrong, or does not fit the views, ends the program with its error and exit code 2: ask einsum_plan()
- * first where that will not do. einsum          as matrix products through BLAS where that is what it is
- * (einsum_product), else as plain loops einsum_loops    always as plain loops */
+/* out = what the specification says of a and b: einsum() as matrix products through BLAS where that is what
+ * it is (einsum_product), else as plain loops; einsum_loops() always as plain loops. out must not overlap a
+ * or b, and no two of its elements may share memory. A specification that is wrong, or does not fit the
+ * views, ends the program with its error and exit code 2: ask einsum_plan() first where that will not do. */
 void einsum(const char *specification, View out, View a, View b);
 void einsum_loops(const char *specification, View out, View a, View b);
 
@@ -50,8 +50,10 @@ typedef struct {
     char a[EINSUM_MAX_AXES + 1], b[EINSUM_MAX_AXES + 1], out[EINSUM_MAX_AXES + 1];
 } EinsumWords;
 
-/* Reads any string. Returns NULL, or one line that names the place, in a static buffer of less than 400
- * characters: einsum "bnd,do->bn[q]": letter 'q' of the result is in neither operand */
+/* Reads any string. Returns NULL, or one line that marks the place, in a static buffer of less than 400
+ * characters:
+ *
+ *     einsum "bnd,do->bn[q]": letter 'q' of the result is in neither operand */
 const char *einsum_parse(EinsumWords *words, const char *specification);
 
 /* One letter is one loop. A step along it moves by stride[] in each tensor: by 0 where the letter is absent,
@@ -74,8 +76,8 @@ const char *einsum_plan(EinsumPlan *plan, const char *specification, const View 
                         const View *b);
 
 /* The plan as matrix products, out (rows,columns) = left (rows,summed) right (summed,columns): one for each
- * setting of the `loop` letters. `again` are summed letters that would not join the matrix: their products
- * are added up. */
+ * setting of the `loop` letters. `again` are summed letters that did not join the matrix: their products are
+ * added up. */
 typedef struct {
     int left, right; /* which operand is which: A, B, or B, A where the result lies transposed */
     Letter rows, columns, summed;

@@ -64,7 +64,8 @@ void einsum_attention(float *out, float *weights, float *q, float *k, float *v, 
     einsum_with("bnd,do->bno", view(k, B, T, C_out), input, view(p->W_key, C, C_out));
     einsum_with("bnd,do->bno", view(v, B, T, C_out), input, view(p->W_value, C, C_out));
 
-    /* head h is columns h*HS .. (h+1)*HS - 1: seen as (B,NH,T,HS), nothing moves */
+    /* Head h is columns h*HS .. (h+1)*HS - 1. Seen as (B,NH,T,HS) nothing moves, and context is written where
+     * out_proj will read it. */
     View queries = transpose(view(q, B, T, NH, HS), 1, 2);
     View keys = transpose(view(k, B, T, NH, HS), 1, 2);
     View values = transpose(view(v, B, T, NH, HS), 1, 2);
@@ -77,7 +78,7 @@ void einsum_attention(float *out, float *weights, float *q, float *k, float *v, 
         apply_dropout(s->dropout_stream, weights, weights_count(s), s->dropout);
     einsum_with("bhnm,bhmd->bhnd", heads, pairs, values);
 
-    /* nn.Linear keeps its matrix (outputs, inputs): the letters say it, no transpose is written */
+    /* nn.Linear keeps its matrix (outputs, inputs); the letters say so. */
     einsum_with("bno,po->bnp", view(out, B, T, C_out), view(context, B, T, C_out),
                 view(p->out_weight, C_out, C_out));
     add_bias(out, p->out_bias, B * T, (int)C_out);

@@ -1,10 +1,5 @@
-/* einsum_parse, and what is taken run both ways, on any bytes, for libFuzzer:
- *
- *   make fuzz, or
- *   clang -g -O1 -fsanitize=fuzzer,address,undefined -D_GNU_SOURCE -Icommon 05_einsum_style/fuzz_einsum.c \
- *       05_einsum_style/einsum.c common/matmul.c common/error.c -lm -o fuzz_einsum && ./fuzz_einsum
- * -max_total_time=60
- */
+/* einsum_parse on any bytes, for libFuzzer; what it takes is then run both ways, which must agree. `make
+ * fuzz` builds and runs it. */
 #include "einsum.h"
 
 #include <stdint.h>

@@ -240,6 +240,19 @@ Test(einsum, recognises_matrix_products)
     }
 }
 
+/* Rows h and n that lie as (N,H) in memory, in the result as well, join in the order of memory, not of the
+ * letters. */
+Test(einsum, letters_join_in_the_order_of_memory)
+{
+    static float x[2 * 3 * 4], w[4 * 5], y[2 * 3 * 5];
+    View a = transpose(view(x, 3, 2, 4), 0, 1), b = view(w, 4, 5), out = transpose(view(y, 3, 2, 5), 0, 1);
+    EinsumPlan plan;
+    char text[80];
+    cr_assert_null(einsum_plan(&plan, "hnd,do->hno", &out, &a, &b));
+    einsum_text(text, sizeof text, &plan);
+    cr_expect_str_eq(text, "1 product of (6 x 4) (4 x 5)", "%s", text);
+}
+
 /* No letter of stride 1 to read a matrix by: every second column of a. */
 Test(einsum, strides_that_no_blas_takes_fall_back)
 {

@@ -5,7 +5,7 @@
 #include "einsum.h"
 
 /* One line: the specification, its letters by kind, and the matrix products they make, as
- *     bhnd,bhmd->bhnm    batch bh    rows n    columns m    summed d    6 products of (4 x 5) (5 x 6) */
+ *     bhnd,bhmd->bhnm   batch bh  rows n   columns m   summed d   6 products of (4 x 5) (5 x 6) */
 void describe_einsum(char *text, size_t size, const char *specification, const EinsumPlan *plan);
 
 /* Views for a specification, from sizes in words ("2,3,4", "" for none); the result's follow from its

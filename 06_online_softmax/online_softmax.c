@@ -10,7 +10,7 @@
 /* ---- With the matrix: three steps, each over all T x TK scores. ---- */
 
 /* Rows of the matrix to a task: few enough to stay in a cache, enough for a fast product. */
-enum { BLOCK_ROWS = 64 };
+enum { BLOCK_ROWS = 128 };
 
 /* 32 running maxima side by side, so that they are vectors; then the largest of them. */
 static float largest(const float *row, int n)

@@ -1,6 +1,8 @@
 /* The shapes are in the header. */
 #include "flash_modules.h"
 
+#include <math.h>
+
 #include "flash_tiled_simd.h"
 #include "matmul.h"
 
@@ -48,4 +50,16 @@ void torch_mha_module(float *out, float *qkv, float *context, float *attended, f
     attend_packed(context, scratch, qkv, s);
     linear(attended, context, inner_weight, NULL, rows, C, C);
     linear(out, attended, proj_weight, proj_bias, rows, C, C);
+}
+
+void true_may_attend(float *bias, const bool *tensor, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        bias[i] = tensor[i] ? 0 : -INFINITY;
+}
+
+void true_may_not_attend(float *bias, const bool *tensor, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        bias[i] = tensor[i] ? -INFINITY : 0;
 }

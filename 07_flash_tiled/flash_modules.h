@@ -26,4 +26,11 @@ void torch_mha_module(float *out, float *qkv, float *context, float *attended, f
                       const float *in_proj_weight, const float *inner_weight, const float *proj_weight,
                       const float *proj_bias, const AttentionShape *s);
 
+/* A boolean mask tensor of n pairs as the bias it stands for, 0 where a query may attend and -inf where not.
+ * The two functions of PyTorch that take such a tensor read it in opposite ways: true_may_attend
+ * scaled_dot_product_attention(attn_mask=tensor) true_may_not_attend   nn.MultiheadAttention's
+ * forward(attn_mask=tensor), and masked_fill(tensor, -inf) */
+void true_may_attend(float *bias, const bool *tensor, size_t n);
+void true_may_not_attend(float *bias, const bool *tensor, size_t n);
+
 #endif

@@ -102,7 +102,7 @@ static void meet_keys(float *out, float *m, float *l, float *scores, const float
         if (attends(s, b, h, t, t2))
             score = s->scale * dot(q_bht, k_bh + (size_t)t2 * HS, HS) + bias_at(s, b, h, t, t2);
         scores[t2 - from] = score;
-        m_new = score <= m_new ? m_new : score; /* written so that a NaN passes */
+        m_new = score <= m_new || isnan(m_new) ? m_new : score; /* NaN wins, and stays */
     }
     if (m_new == -INFINITY)
         return; /* nothing allowed yet, and -inf - -inf would be NaN */

@@ -70,14 +70,16 @@ static void look_up(const FlashBlock *block, Vector extra[TILE][VECTORS], int ke
         }
     if (block->one_run && !s->bias)
         return;
-    for (int r = from * LANES; r < rows; r++)
+    for (int r = from * LANES; r < rows; r++) {
+        int h = block->row[r].h, t = block->row[r].t;
         for (int i = 0; i < TILE; i++) {
-            int h = block->row[r].h, t = block->row[r].t, t2 = key + i;
             float *extra_ir = (float *)extra[i] + r;
+            if (*extra_ir == 0 && !block->one_run && !attends(s, block->b, h, t, key + i))
+                *extra_ir = -INFINITY;
             if (*extra_ir == 0)
-                *extra_ir =
-                    attends(s, block->b, h, t, t2) ? log2e * bias_at(s, block->b, h, t, t2) : -INFINITY;
+                *extra_ir = log2e * bias_at(s, block->b, h, t, key + i);
         }
+    }
 }
 
 /* p = 2^(score - m), its sum over the keys, and the largest score - m. */
@@ -142,15 +144,17 @@ static bool raise_maximum(FlashBlock *block, const Vector top[VECTORS], int from
     return again;
 }
 
-static void drop_out(const FlashBlock *block, float *p, int key, int keys)
+/* Asked key after key, row by row: neighbouring keys share their random numbers. */
+static void drop_out(const FlashBlock *block, float *p, int key, int keys, int from, int vectors)
 {
     const AttentionShape *s = block->s;
+    int rows = smaller(block->rows, (from + vectors) * LANES);
     float kept = 1 / (1 - s->dropout);
-    for (int i = 0; i < keys; i++)
-        for (int r = 0; r < block->rows; r++) {
-            size_t row = lse_index(s, block->b, block->row[r].h, block->row[r].t);
+    for (int r = from * LANES; r < rows; r++) {
+        size_t row = lse_index(s, block->b, block->row[r].h, block->row[r].t);
+        for (int i = 0; i < keys; i++)
             p[i * FLASH_ROWS + r] *= dropout_keeps(s->dropout_seed, row, key + i, s->dropout) ? kept : 0;
-        }
+    }
 }
 
 /* out += p^T V, TILE numbers of each value at a time. */
@@ -185,7 +189,7 @@ INLINE void attend_tile(FlashBlock *block, int key, int keys, bool look, int fro
     for (int j = 0; j < vectors; j++)
         ((Vector *)block->l)[from + j] += sum[j];
     if (block->s->dropout > 0)
-        drop_out(block, p, key, keys);
+        drop_out(block, p, key, keys, from, vectors);
     add_values(block, p, key, keys, from, vectors);
 }
 
@@ -197,14 +201,32 @@ size_t flash_scratch(int head_size)
     return 2 * rounded * FLASH_ROWS + 16 - 2 * rounded * FLASH_ROWS % 16;
 }
 
-/* No key outside first <= t2 < end is seen by row t; returns true if with most masks all within are. */
+/* The first key of the document that position `place` belongs to: the numbers ascend. */
+static int document_start(const int *document, int place)
+{
+    int low = 0, high = place;
+    while (low < high) {
+        int middle = low + (high - low) / 2;
+        if (document[middle] < document[place])
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* Row t sees no key outside first <= t2 < end; returns true if it sees all within, a bias of -inf apart: so
+ * with most masks. */
 static bool bounds(const AttentionShape *s, int b, int t, int *first, int *end)
 {
     int place = t + s->key_tokens - s->tokens;
     MaskKind kind = s->mask.kind;
-    *first = larger(0, kind == MASK_WINDOW ? place - s->mask.width + 1 : kind == MASK_FUTURE ? place + 1 : 0);
+    *first = kind == MASK_WINDOW      ? larger(0, place - s->mask.width + 1)
+             : kind == MASK_FUTURE    ? larger(0, place + 1)
+             : kind == MASK_DOCUMENTS ? document_start(s->mask.document, place)
+                                      : 0;
     *end = keys_end(s, b, t);
-    return kind != MASK_LOCAL_GLOBAL && kind != MASK_DILATED && kind != MASK_DOCUMENTS;
+    return kind != MASK_LOCAL_GLOBAL && kind != MASK_DILATED;
 }
 
 void flash_begin(FlashBlock *block, float *scratch)
@@ -293,9 +315,9 @@ void flash_finish(FlashBlock *block)
 {
     for (int r = 0; r < block->rows; r++) {
         const FlashRow *row = &block->row[r];
-        float l = block->l[r];
+        float l = block->l[r], one_over_l = 1 / l;
         for (int d = 0; d < block->s->head_size; d++)
-            row->out[d] = l == 0 ? 0 : block->out_columns[d * FLASH_ROWS + r] / l;
+            row->out[d] = l == 0 ? 0 : block->out_columns[d * FLASH_ROWS + r] * one_over_l;
         if (row->lse)
             *row->lse = l == 0 ? -INFINITY : (float)((block->m[r] + log2((double)l)) / 1.4426950408889634);
     }

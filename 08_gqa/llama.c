@@ -82,10 +82,10 @@ void llama_attention(float *out, const LlamaWorkspace *w, const float *x, const 
     linear(w->rows, x, v_proj, NULL, rows, s->embed, kv_width);
     split_heads(w->v, w->rows, s->kv_heads, s);
 
+    /* Before the heads are shared: one rotation serves the whole group. */
     rope_table(w->cosine, w->sine, s->tokens, s->head_size, LLAMA_THETA);
     rope_heads(w->q, s->heads, w, s);
-    rope_heads(w->k, s->kv_heads, w,
-               s); /* before the heads are shared: one rotation serves the whole group */
+    rope_heads(w->k, s->kv_heads, w, s);
 
     attention_grouped_simd(w->out_heads, NULL, w->scratch, w->q, w->k, w->v, s);
 

@@ -186,6 +186,14 @@ Test(rope, a_product_knows_the_distance_only)
             product += (double)q[i] * k[i];
         first = place == 0 ? product : first;
         cr_expect(near(product, first, 2e-6), "place %d: %.7f, not %.7f", place, product, first);
+        /* A query whose place is counted from 0 again, with `place` keys in the cache: */
+        seed_stream(&stream, STREAM_CPU, 123);
+        draw_randn(&stream, q, HS);
+        rope(q, cosine + 9 * HS / 2, sine + 9 * HS / 2, HS);
+        double restarted = 0;
+        for (int i = 0; i < HS; i++)
+            restarted += (double)q[i] * k[i];
+        cr_expect(place == 0 || !near(restarted, first, 1e-3), "place %d", place);
     }
 }
 

@@ -11,129 +11,138 @@ static int larger(int a, int b)
     return a > b ? a : b;
 }
 
-size_t block_mask_floats(const AttentionShape *s, bool by_batch, bool by_head)
+static size_t list_count(const BlockMask *mask)
 {
-    size_t query_blocks = (s->tokens - 1) / s->block + 1, key_blocks = (s->key_tokens - 1) / s->block + 1;
-    size_t rows = (by_batch || s->lengths ? s->batch : 1) * (size_t)(by_head ? s->heads : 1) * query_blocks;
-    return rows * key_blocks * (sizeof(ListedBlock) / sizeof(float)) + rows * (sizeof(int) / sizeof(float));
+    return (size_t)mask->batch * mask->heads * mask->query_blocks;
 }
 
-BlockMask block_mask_in(float *memory, const AttentionShape *s, bool by_batch, bool by_head)
+static BlockMask sizes(const AttentionShape *s, bool by_batch, bool by_head)
 {
-    BlockMask mask = {
+    return (BlockMask){
         .block = s->block,
         .batch = by_batch || s->lengths ? s->batch : 1,
         .heads = by_head ? s->heads : 1,
         .query_blocks = (s->tokens - 1) / s->block + 1,
         .key_blocks = (s->key_tokens - 1) / s->block + 1,
-        .listed = (ListedBlock *)memory,
     };
-    size_t rows = (size_t)mask.batch * mask.heads * mask.query_blocks;
-    mask.count = (int *)(mask.listed + rows * mask.key_blocks);
+}
+
+size_t block_mask_floats(const AttentionShape *s, bool by_batch, bool by_head)
+{
+    BlockMask mask = sizes(s, by_batch, by_head);
+    size_t bytes_a_list = mask.key_blocks * sizeof(ListedBlock) + sizeof(int);
+    return list_count(&mask) * (bytes_a_list / sizeof(float));
+}
+
+BlockMask block_mask_in(float *memory, const AttentionShape *s, bool by_batch, bool by_head)
+{
+    BlockMask mask = sizes(s, by_batch, by_head);
+    mask.listed = (ListedBlock *)memory;
+    mask.count = (int *)(mask.listed + list_count(&mask) * mask.key_blocks);
     return mask;
 }
 
 /* ---- From a predicate ---- */
 
-static BlockKind ask_all(MaskPredicate *predicate, const AttentionShape *s, int b, int h, int q, int q_end,
-                         int kv, int kv_end)
+/* Asks until a yes and a no were heard. */
+static BlockKind ask_pairs(MaskPredicate *predicate, const AttentionShape *s, int b, int h, int q, int q_end,
+                           int kv, int kv_end)
 {
-    bool some = false, all = true;
-    for (int i = q; i < q_end; i++)
-        for (int j = kv; j < kv_end; j++) {
-            bool may = predicate(s, b, h, i, j);
-            some |= may;
-            all &= may;
-            if (some && !all)
+    bool first = predicate(s, b, h, q, kv);
+    for (int t = q; t < q_end; t++)
+        for (int t2 = kv; t2 < kv_end; t2++)
+            if (predicate(s, b, h, t, t2) != first)
                 return BLOCK_PARTIAL;
-        }
-    return all ? BLOCK_FULL : BLOCK_EMPTY;
+    return first ? BLOCK_FULL : BLOCK_EMPTY;
 }
 
-/* Lists the blocks of every row. predicate NULL: by the closed form. */
-static void fill(BlockMask *mask, MaskPredicate *predicate, const AttentionShape *s)
+static void fill(BlockMask *mask, bool closed, const AttentionShape *s)
 {
     int N = mask->block;
 #pragma omp parallel for collapse(3)
     for (int b = 0; b < mask->batch; b++)
         for (int h = 0; h < mask->heads; h++)
             for (int i = 0; i < mask->query_blocks; i++) {
-                size_t row = ((size_t)b * mask->heads + h) * mask->query_blocks + i;
-                ListedBlock *list = mask->listed + row * mask->key_blocks;
+                size_t index = list_index(mask, b, h, i);
+                ListedBlock *list = mask->listed + index * mask->key_blocks;
                 int count = 0, q = i * N, q_end = smaller(q + N, s->tokens);
+
                 for (int j = 0; j < mask->key_blocks; j++) {
                     int kv = j * N, kv_end = smaller(kv + N, s->key_tokens);
-                    BlockKind kind = predicate ? ask_all(predicate, s, b, h, q, q_end, kv, kv_end)
-                                               : closed_form(s, b, q, q_end, kv, kv_end);
+                    BlockKind kind = closed ? closed_form(s, b, q, q_end, kv, kv_end)
+                                            : ask_pairs(mask->predicate, s, b, h, q, q_end, kv, kv_end);
                     if (kind != BLOCK_EMPTY)
                         list[count++] = (ListedBlock){j, kind};
                 }
-                mask->count[row] = count;
+                mask->count[index] = count;
             }
 }
 
 void fill_from_predicate(BlockMask *mask, MaskPredicate *predicate, const AttentionShape *s)
 {
-    fill(mask, predicate, s);
+    mask->predicate = predicate;
+    fill(mask, false, s);
 }
 
 void fill_from_closed_form(BlockMask *mask, const AttentionShape *s)
 {
-    fill(mask, NULL, s);
+    mask->predicate = attends;
+    fill(mask, true, s);
 }
 
 /* ---- In closed form ---- */
 
-/* A range of whole numbers against another: all inside, some, or none. An empty first range is inside. */
-static BlockKind inside(long first, long last, long from, long to)
+/* A range of whole numbers first .. last against another: all inside, some, or none. */
+static BlockKind inside(int64_t first, int64_t last, int64_t from, int64_t to)
 {
     if (first >= from && last <= to)
         return BLOCK_FULL;
     return last >= from && first <= to ? BLOCK_PARTIAL : BLOCK_EMPTY;
 }
 
-/* A block is a rectangle of places p0 <= p <= p1 and keys k0 <= kv <= k1, so p - kv takes every whole number
- * between p0 - k1 and p1 - k0, and a mask of p - kv alone asks only how that range lies. */
+/* A block is a rectangle of places p0 <= p <= p1 and keys k0 <= kv <= k1. In it p - kv takes every whole
+ * number from p0 - k1 to p1 - k0, so a mask of p - kv alone asks only how that range lies. */
 static BlockKind mask_kind(const AttentionShape *s, int p0, int p1, int k0, int k1)
 {
     const Mask *mask = &s->mask;
-    const long everything = 1L << 40;
-    BlockKind kind;
-    long d0 = (long)p0 - k1, d1 = (long)p1 - k0, reach = (long)mask->width * mask->extra;
+    int64_t nearest = (int64_t)p0 - k1, farthest = (int64_t)p1 - k0, W = mask->width;
+    BlockKind past = inside(nearest, farthest, 0, INT64_MAX); /* kv <= p */
+
     switch (mask->kind) {
     case MASK_NONE: return BLOCK_FULL;
-    case MASK_CAUSAL: return inside(d0, d1, 0, everything);
-    case MASK_FUTURE: return inside(d0, d1, -everything, -1);
-    case MASK_WINDOW: return inside(d0, d1, 0, mask->width - 1);
+    case MASK_CAUSAL: return past;
+    case MASK_FUTURE: return inside(nearest, farthest, INT64_MIN, -1);
+    case MASK_WINDOW: return inside(nearest, farthest, 0, W - 1);
+
     case MASK_PREFIX:
-        if (k1 < mask->width)
+        if (k1 < W)
             return BLOCK_FULL;
-        kind = inside(d0, d1, 0, everything);
-        return kind == BLOCK_EMPTY && k0 < mask->width ? BLOCK_PARTIAL : kind;
+        return past == BLOCK_EMPTY && k0 < W ? BLOCK_PARTIAL : past;
+
     case MASK_LOCAL_GLOBAL: {
-        /* What is left once the global rows and columns are cut away must lie in the band. */
-        long p = larger(p0, mask->extra), k = larger(k0, mask->extra);
-        bool global = p0 < mask->extra || k0 < mask->extra, band_left = p <= p1 && k <= k1;
-        BlockKind band = band_left ? inside(p - k1, p1 - k, 1 - mask->width, mask->width - 1) : BLOCK_FULL;
-        return band == BLOCK_EMPTY && global ? BLOCK_PARTIAL : band;
+        /* The global rows and columns are kept whole; the rectangle without them must lie in the band. */
+        int p = larger(p0, mask->extra), k = larger(k0, mask->extra);
+        if (p > p1 || k > k1)
+            return BLOCK_FULL;
+        BlockKind band = inside((int64_t)p - k1, (int64_t)p1 - k, 1 - W, W - 1);
+        return band == BLOCK_EMPTY && (p > p0 || k > k0) ? BLOCK_PARTIAL : band;
     }
+
     case MASK_DILATED: {
-        if (mask->extra == 1)
-            return inside(d0, d1, 0, reach - 1);
-        long first = d0 > 0 ? (d0 + mask->extra - 1) / mask->extra * mask->extra
-                            : 0; /* the first multiple of D not below */
-        if (first > d1 || first >= reach)
+        int64_t D = mask->extra, reach = W * D;
+        if (D == 1)
+            return inside(nearest, farthest, 0, reach - 1);
+        int64_t step = nearest <= 0 ? 0 : (nearest + D - 1) / D * D; /* the first that is not too near */
+        if (step > farthest || step >= reach)
             return BLOCK_EMPTY;
-        return d0 == d1 ? BLOCK_FULL : BLOCK_PARTIAL;
+        return nearest == farthest ? BLOCK_FULL : BLOCK_PARTIAL; /* two neighbours are never both kept */
     }
-    case MASK_DOCUMENTS: {
-        /* Documents are numbered along the tokens, so a range of tokens holds a range of documents. */
+
+    case MASK_DOCUMENTS: { /* numbered along the tokens */
         const int *document = mask->document;
-        BlockKind shared = inside(document[p0], document[p1], document[k0], document[k1]);
-        if (shared == BLOCK_EMPTY || d1 < 0)
+        if (past == BLOCK_EMPTY || document[k1] < document[p0])
             return BLOCK_EMPTY;
-        bool one = document[p0] == document[p1] && document[k0] == document[k1];
-        return one && d0 >= 0 ? BLOCK_FULL : BLOCK_PARTIAL;
+        return past == BLOCK_FULL && document[k0] == document[p1] ? BLOCK_FULL : BLOCK_PARTIAL;
     }
     }
     return BLOCK_PARTIAL;
@@ -141,22 +150,25 @@ static BlockKind mask_kind(const AttentionShape *s, int p0, int p1, int k0, int 
 
 BlockKind closed_form(const AttentionShape *s, int b, int q, int q_end, int kv, int kv_end)
 {
-    int shift = s->key_tokens - s->tokens, p0 = q + shift, p1 = q_end - 1 + shift, k1 = kv_end - 1;
-    BlockKind kind = mask_kind(s, p0, p1, kv, k1);
+    int shift = s->key_tokens - s->tokens, p0 = q + shift, p1 = q_end - 1 + shift;
+
+    /* Keys beyond the batch entry's length are cut off first: what is left is a rectangle again. */
+    int valid_end = s->lengths ? smaller(kv_end, s->lengths[b]) : kv_end;
+    if (valid_end <= kv)
+        return BLOCK_EMPTY;
+    BlockKind kind = mask_kind(s, p0, p1, kv, valid_end - 1);
     if (s->causal)
-        kind = smaller(kind, inside((long)p0 - k1, (long)p1 - kv, 0, 1L << 40));
-    if (s->lengths)
-        kind = smaller(kind, inside(kv, k1, 0, s->lengths[b] - 1));
-    return kind;
+        kind = smaller(kind, inside((int64_t)p0 - (valid_end - 1), (int64_t)p1 - kv, 0, INT64_MAX));
+    return smaller(kind, valid_end < kv_end ? BLOCK_PARTIAL : BLOCK_FULL);
 }
 
 BlockCount count_blocks(const BlockMask *mask)
 {
-    size_t rows = (size_t)mask->batch * mask->heads * mask->query_blocks;
-    BlockCount total = {.all = rows * mask->key_blocks};
-    for (size_t row = 0; row < rows; row++)
-        for (int i = 0; i < mask->count[row]; i++) {
-            bool full = mask->listed[row * mask->key_blocks + i].kind == BLOCK_FULL;
+    size_t lists = list_count(mask);
+    BlockCount total = {.all = lists * mask->key_blocks};
+    for (size_t index = 0; index < lists; index++)
+        for (int n = 0; n < mask->count[index]; n++) {
+            bool full = mask->listed[index * mask->key_blocks + n].kind == BLOCK_FULL;
             total.full += full;
             total.partial += !full;
         }

@@ -9,73 +9,102 @@
 #include "random.h"
 #include "vector_math.h"
 
+static int smaller(int a, int b)
+{
+    return a < b ? a : b;
+}
+
 /* ---- The mask as a tensor: every score is computed, then most are thrown away. ---- */
+
+enum { BLOCK_ROWS = 64 }; /* rows of the matrix to a task, as in chapter 6 */
 
 size_t dense_mask_floats(const AttentionShape *s)
 {
     return (size_t)(s->lengths ? s->batch : 1) * s->tokens * s->key_tokens;
 }
 
+/* Zeros where a pair may attend, -inf where it may not; one matrix for all heads. */
+static void write_mask(float *mask, const AttentionShape *s)
+{
+    int masks = s->lengths ? s->batch : 1;
+#pragma omp parallel for collapse(2)
+    for (int b = 0; b < masks; b++)
+        for (int t = 0; t < s->tokens; t++) {
+            float *row = mask + ((size_t)b * s->tokens + t) * s->key_tokens;
+            for (int t2 = 0; t2 < s->key_tokens; t2++)
+                row[t2] = attends(s, b, 0, t, t2) ? 0 : -INFINITY;
+        }
+}
+
 /* Adds mask and bias to a row of scores and normalises it in place; returns its lse. */
 static float softmax_row(float *row, const float *mask, const AttentionShape *s, int b, int h, int t)
 {
     float m = -INFINITY, l = 0;
-    for (int t2 = 0; t2 < s->key_tokens; t2++)
-        row[t2] += mask[t2];
     if (s->bias)
         for (int t2 = 0; t2 < s->key_tokens; t2++)
             row[t2] += bias_at(s, b, h, t, t2);
-    for (int t2 = 0; t2 < s->key_tokens; t2++)
+    for (int t2 = 0; t2 < s->key_tokens; t2++) {
+        row[t2] += mask[t2];
         m = row[t2] > m ? row[t2] : m;
-    float subtract = m == -INFINITY ? 0 : m; /* nothing allowed: -inf - -inf would be NaN */
+    }
+    if (m == -INFINITY)
+        m = 0; /* nothing allowed: -inf - -inf would be NaN, and exp(-inf - 0) is 0 */
 #pragma omp simd reduction(+ : l)
     for (int t2 = 0; t2 < s->key_tokens; t2++) {
-        row[t2] = fast_exp(row[t2] - subtract);
+        row[t2] = fast_exp(row[t2] - m);
         l += row[t2];
     }
     float one_over_l = l == 0 ? 0 : 1 / l;
     for (int t2 = 0; t2 < s->key_tokens; t2++)
         row[t2] *= one_over_l;
-    return m + logf(l);
+    return m + logf(l); /* log 0 = -inf */
 }
 
 void attention_dense_mask(float *out, float *lse, float *weights, float *mask, const float *q, const float *k,
                           const float *v, const AttentionShape *s)
 {
-    int T = s->tokens, TK = s->key_tokens, HS = s->head_size;
-    int masks = s->lengths ? s->batch : 1;
+    int T = s->tokens, TK = s->key_tokens, HS = s->head_size, blocks = (T - 1) / BLOCK_ROWS + 1;
+    size_t mask_of_batch = s->lengths ? (size_t)T * TK : 0;
+    write_mask(mask, s);
 
-    /* The mask, written out once: zeros where a pair may attend, -inf where it may not. */
-#pragma omp parallel for collapse(2)
-    for (int b = 0; b < masks; b++)
-        for (int t = 0; t < T; t++)
-            for (int t2 = 0; t2 < TK; t2++)
-                mask[((size_t)b * T + t) * TK + t2] = attends(s, b, 0, t, t2) ? 0 : -INFINITY;
-
-                /* scores = scale Q K^T, all of them; then the softmax */
-#pragma omp parallel for collapse(2) schedule(dynamic)
+    /* weights = softmax(scale Q K^T + mask + bias), of all T x TK pairs */
+#pragma omp parallel for collapse(3) schedule(dynamic)
     for (int b = 0; b < s->batch; b++)
-        for (int h = 0; h < s->heads; h++) {
-            float *weights_bh = weights + lse_index(s, b, h, 0) * TK;
-            const float *mask_b = mask + (masks > 1 ? (size_t)b * T * TK : 0);
-            matmul('N', 'T', T, TK, HS, s->scale, q + query_row(s, b, h, 0), HS, k + key_row(s, b, h, 0), HS,
-                   0, weights_bh, TK);
-            for (int t = 0; t < T; t++)
-                lse[lse_index(s, b, h, t)] =
-                    softmax_row(weights_bh + (size_t)t * TK, mask_b + (size_t)t * TK, s, b, h, t);
-        }
+        for (int h = 0; h < s->heads; h++)
+            for (int block = 0; block < blocks; block++) {
+                int first = block * BLOCK_ROWS, past = smaller(first + BLOCK_ROWS, T);
+                matmul('N', 'T', past - first, TK, HS, s->scale, q + query_row(s, b, h, first), HS,
+                       k + key_row(s, b, h, 0), HS, 0, weights + lse_index(s, b, h, first) * TK, TK);
+                for (int t = first; t < past; t++) {
+                    size_t row = lse_index(s, b, h, t);
+                    const float *mask_bt = mask + b * mask_of_batch + (size_t)t * TK;
+                    lse[row] = softmax_row(weights + row * TK, mask_bt, s, b, h, t);
+                }
+            }
+
     if (s->dropout > 0)
         apply_dropout(s->dropout_stream, weights, weights_count(s), s->dropout);
 
         /* out = weights V: most of the products are with zero */
-#pragma omp parallel for collapse(2) schedule(dynamic)
+#pragma omp parallel for collapse(3) schedule(dynamic)
     for (int b = 0; b < s->batch; b++)
         for (int h = 0; h < s->heads; h++)
-            matmul('N', 'N', T, HS, TK, 1, weights + lse_index(s, b, h, 0) * TK, TK, v + key_row(s, b, h, 0),
-                   HS, 0, out + query_row(s, b, h, 0), HS);
+            for (int block = 0; block < blocks; block++) {
+                int first = block * BLOCK_ROWS, past = smaller(first + BLOCK_ROWS, T);
+                matmul('N', 'N', past - first, HS, TK, 1, weights + lse_index(s, b, h, first) * TK, TK,
+                       v + key_row(s, b, h, 0), HS, 0, out + query_row(s, b, h, first), HS);
+            }
 }
 
-/* ---- Over the listed blocks: what is empty is never seen, what is full is never asked about. ---- */
+/* ---- The listed blocks: what is in no list is never loaded. ---- */
+
+enum { STRIP = 64 }; /* keys that a row meets at a time: one maximum, one mending for all of them */
+
+/* A query row on its way along the keys, as in chapter 6. */
+typedef struct {
+    float m, l;
+    float *out; /* (HS) */
+} Row;
 
 static float dot(const float *a, const float *b, int n)
 {
@@ -86,55 +115,66 @@ static float dot(const float *a, const float *b, int n)
     return sum;
 }
 
+/* Row (b,h,t) meets up to STRIP keys first <= t2 < end. may_attend NULL: all of them are allowed. */
+static void meet_keys(Row *row, MaskPredicate *may_attend, const float *q, const float *k, const float *v,
+                      const AttentionShape *s, int b, int h, int t, int first, int end)
+{
+    int HS = s->head_size;
+    const float *q_bht = q + query_row(s, b, h, t);
+    float score[STRIP], m = row->m;
+
+    for (int t2 = first; t2 < end; t2++) {
+        float *score_t2 = &score[t2 - first];
+        *score_t2 = -INFINITY;
+        if (!may_attend || may_attend(s, b, h, t, t2))
+            *score_t2 = s->scale * dot(q_bht, k + key_row(s, b, h, t2), HS) + bias_at(s, b, h, t, t2);
+        m = *score_t2 <= m ? m : *score_t2; /* written so that a NaN passes */
+    }
+    if (m == -INFINITY)
+        return; /* nothing allowed yet, and -inf - -inf would be NaN */
+
+    float mend = expf(row->m - m); /* 1 while the maximum stands, 0 the first time */
+    row->l *= mend;
+    for (int c = 0; c < HS; c++)
+        row->out[c] *= mend;
+
+    for (int t2 = first; t2 < end; t2++) {
+        if (score[t2 - first] == -INFINITY)
+            continue; /* forbidden: 0 times a value of NaN would be NaN */
+        float p = fast_exp(score[t2 - first] - m);
+        row->l += p;
+        if (s->dropout > 0)
+            p *= dropout_keeps(s->dropout_seed, lse_index(s, b, h, t), t2, s->dropout) / (1 - s->dropout);
+        const float *v_bht2 = v + key_row(s, b, h, t2);
+        for (int c = 0; c < HS; c++)
+            row->out[c] += p * v_bht2[c];
+    }
+    row->m = m;
+}
+
 void attention_block_sparse(float *out, float *lse, const float *q, const float *k, const float *v,
                             const BlockMask *mask, const AttentionShape *s)
 {
     int HS = s->head_size, N = mask->block;
 
-#pragma omp parallel for collapse(3) schedule(dynamic)
+#pragma omp parallel for collapse(3) schedule(dynamic, 16)
     for (int b = 0; b < s->batch; b++)
         for (int h = 0; h < s->heads; h++)
-            for (int i = 0; i < mask->query_blocks; i++) {
-                int listed, past = (i + 1) * N < s->tokens ? (i + 1) * N : s->tokens;
-                const ListedBlock *list = block_list(mask, b, h, i, &listed);
+            for (int t = 0; t < s->tokens; t++) {
+                int listed;
+                const ListedBlock *list = block_list(mask, b, h, t / N, &listed);
+                Row row = {.m = -INFINITY, .l = 0, .out = out + query_row(s, b, h, t)};
+                memset(row.out, 0, HS * sizeof *row.out);
 
-                for (int t = i * N; t < past; t++) {
-                    const float *q_bht = q + query_row(s, b, h, t);
-                    float *out_bht = out + query_row(s, b, h, t);
-                    float m = -INFINITY, l = 0;
-                    memset(out_bht, 0, HS * sizeof *out_bht);
-
-                    for (int j = 0; j < listed; j++) {
-                        int first = list[j].key_block * N,
-                            end = first + N < s->key_tokens ? first + N : s->key_tokens;
-                        bool ask = list[j].kind == BLOCK_PARTIAL;
-                        for (int t2 = first; t2 < end; t2++) {
-                            if (ask && !attends(s, b, h, t, t2))
-                                continue;
-                            float score =
-                                s->scale * dot(q_bht, k + key_row(s, b, h, t2), HS) + bias_at(s, b, h, t, t2);
-                            if (score == -INFINITY)
-                                continue;
-                            if (!(score <= m)) { /* a larger score mends all that came before; a NaN passes */
-                                float mend = expf(m - score);
-                                l *= mend;
-                                for (int c = 0; c < HS; c++)
-                                    out_bht[c] *= mend;
-                                m = score;
-                            }
-                            float p = expf(score - m);
-                            l += p;
-                            if (s->dropout > 0)
-                                p *= dropout_keeps(s->dropout_seed, lse_index(s, b, h, t), t2, s->dropout) /
-                                     (1 - s->dropout);
-                            const float *v_bht2 = v + key_row(s, b, h, t2);
-                            for (int c = 0; c < HS; c++)
-                                out_bht[c] += p * v_bht2[c];
-                        }
-                    }
-                    for (int c = 0; c < HS; c++)
-                        out_bht[c] = l == 0 ? 0 : out_bht[c] / l;
-                    lse[lse_index(s, b, h, t)] = m + logf(l);
+                for (int n = 0; n < listed; n++) {
+                    int first = list[n].key_block * N, end = smaller(first + N, s->key_tokens);
+                    MaskPredicate *may_attend = list[n].kind == BLOCK_PARTIAL ? mask->predicate : NULL;
+                    for (int t2 = first; t2 < end; t2 += STRIP)
+                        meet_keys(&row, may_attend, q, k, v, s, b, h, t, t2, smaller(t2 + STRIP, end));
                 }
+
+                for (int c = 0; c < HS; c++)
+                    row.out[c] = row.l == 0 ? 0 : row.out[c] / row.l;
+                lse[lse_index(s, b, h, t)] = row.m + logf(row.l);
             }
 }

@@ -1,9 +1,9 @@
 /* Chapter 9: block masks. Its kernels, its story, and the masks' pictures. */
+#include "benchmark.h"
 #include "block_sparse.h"
 #include "chapter.h"
 #include "error.h"
 #include "memory.h"
-#include "options.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -142,6 +142,27 @@ static const Kernel kernels[] = {
 
 /* ---- Pictures ---- */
 
+typedef struct {
+    const char *name;
+    AttentionShape shape;
+    int *document;
+    BlockMask mask;
+} Picture;
+
+static void take_shape(Picture *p, const char *name, int tokens, int block)
+{
+    AttentionShape *s = &p->shape;
+    *p = (Picture){.name = name};
+    *s = (AttentionShape){.batch = 1, .heads = 1, .kv_heads = 1, .head_size = 1, .scale = 1, .block = block};
+    int document_tokens;
+    const char *wrong = parse_mask(&s->mask, name, &p->document, &document_tokens);
+    s->tokens = s->key_tokens = p->document ? document_tokens : tokens;
+    if (!wrong)
+        wrong = validate_shape(s);
+    if (wrong)
+        die(EXIT_USAGE, "%s", wrong);
+}
+
 static BlockMask make_mask(const AttentionShape *s)
 {
     BlockMask mask = block_mask_in(allocate_floats(block_mask_floats(s, false, false)), s, false, false);
@@ -149,97 +170,120 @@ static BlockMask make_mask(const AttentionShape *s)
     return mask;
 }
 
-static const char *kind_name(const BlockMask *mask, int i, int j, const char *const names[3])
+static Picture draw(const char *name, int tokens, int block)
+{
+    Picture p;
+    take_shape(&p, name, tokens, block);
+    if ((p.shape.tokens - 1) / block >= 256)
+        die(EXIT_USAGE, "--block %d draws too many blocks to look at; take %d or more", block,
+            (p.shape.tokens - 1) / 256 + 1);
+    p.mask = make_mask(&p.shape);
+    return p;
+}
+
+static void forget(Picture *p)
+{
+    free(p->mask.listed);
+    free(p->document);
+}
+
+static BlockKind kind_at(const BlockMask *mask, int i, int j)
 {
     int count;
     const ListedBlock *list = block_list(mask, 0, 0, i, &count);
     for (int n = 0; n < count; n++)
         if (list[n].key_block == j)
-            return names[list[n].kind];
-    return names[BLOCK_EMPTY];
+            return list[n].kind;
+    return BLOCK_EMPTY;
 }
 
-/* One character a block: rows are queries, columns keys. */
-static void print_picture(const BlockMask *mask, const AttentionShape *s)
+/* Side by side, one character a block: rows are queries, columns keys. All have as many blocks. */
+static void print_pictures(const Picture *pictures, int count)
 {
-    static const char *const marks[3] = {" .", " o", " #"};
-    BlockCount count = count_blocks(mask);
-    char name[64];
-    mask_text(name, sizeof name, s);
-    printf("%s, %d x %d tokens in blocks of %d: %zu full (#), %zu partial (o), %zu empty (.); %.0f%% of the "
-           "pairs\n",
-           name, s->tokens, s->key_tokens, mask->block, count.full, count.partial,
-           count.all - count.full - count.partial, 100 * count_pairs(s) / (double)weights_count(s));
-    for (int i = 0; i < mask->query_blocks; i++) {
-        printf("  ");
-        for (int j = 0; j < mask->key_blocks; j++)
-            printf("%s", kind_name(mask, i, j, marks));
+    int blocks = pictures[0].mask.query_blocks, width = 2 * blocks + 1 < 28 ? 28 : 2 * blocks + 1;
+    for (int line = -2; line < blocks; line++) {
+        for (int n = 0; n < count; n++) {
+            BlockCount c = count_blocks(&pictures[n].mask);
+            int used = 0;
+            if (line == -2)
+                used = printf(" %.*s", width - 2, pictures[n].name);
+            else if (line == -1)
+                used = printf(" %zu full, %zu partial of %zu", c.full, c.partial, c.all);
+            else
+                for (int j = 0; j < blocks; j++)
+                    used += printf(" %c", ".o#"[kind_at(&pictures[n].mask, line, j)]);
+            printf("%*s", n + 1 < count ? width - used : 0, "");
+        }
         printf("\n");
     }
 }
 
-static const char *const pictured[] = {
-    "causal", "window:256", "prefix:300", "local-global:128:64", "dilated:3:200", "documents:300,500,224",
-    NULL};
+enum { PICTURES = 6, ABREAST = 3, PICTURE_TOKENS = 1024 };
+static const char *const pictured[PICTURES] = {"causal",     "window:256",          "dilated:3:200",
+                                               "prefix:300", "local-global:128:64", "documents:300,500,224"};
 
-static AttentionShape picture_shape(const char *mask, int tokens, int block, int **document)
+static void write_picture(FILE *file, const Picture *p)
 {
-    AttentionShape s = {.batch = 1, .heads = 1, .kv_heads = 1, .head_size = 1, .scale = 1, .block = block};
-    int document_tokens;
-    const char *wrong = parse_mask(&s.mask, mask, document, &document_tokens);
-    s.tokens = s.key_tokens = *document ? document_tokens : tokens;
-    if (!wrong)
-        wrong = validate_shape(&s);
-    if (wrong)
-        die(EXIT_USAGE, "%s", wrong);
-    return s;
+    static const char *const names[] = {"empty", "partial", "full"};
+    for (int i = 0; i < p->mask.query_blocks; i++)
+        for (int j = 0; j < p->mask.key_blocks; j++)
+            fprintf(file, "%s\t%d\t%d\t%s\n", p->name, i, j, names[kind_at(&p->mask, i, j)]);
 }
 
-static void write_picture(FILE *file, const BlockMask *mask, const char *name)
+/* Draws all of the book's masks, three abreast; into a file too where there is one. */
+static void draw_all(int block, FILE *file)
 {
-    static const char *const names[3] = {"empty", "partial", "full"};
-    for (int i = 0; i < mask->query_blocks; i++)
-        for (int j = 0; j < mask->key_blocks; j++)
-            fprintf(file, "%s\t%d\t%d\t%s\n", name, i, j, kind_name(mask, i, j, names));
+    for (int first = 0; first < PICTURES; first += ABREAST) {
+        Picture pictures[ABREAST];
+        for (int n = 0; n < ABREAST; n++)
+            pictures[n] = draw(pictured[first + n], PICTURE_TOKENS, block);
+        printf(first ? "\n" : "");
+        print_pictures(pictures, ABREAST);
+        for (int n = 0; n < ABREAST; n++) {
+            if (file)
+                write_picture(file, &pictures[n]);
+            forget(&pictures[n]);
+        }
+    }
 }
 
 /* ./run mask: the book's masks, or the one that --mask names, in the terminal and into --tsv FILE. */
 static int run_mask(int argc, char **argv)
 {
-    const char *tsv = NULL;
-    char *words[64] = {"run"};
-    int count = 1;
-    for (int i = 0; i < argc && count < 63; i++)
-        if (strcmp(argv[i], "--tsv") == 0 && i + 1 < argc)
-            tsv = argv[++i];
-        else
-            words[count++] = argv[i];
-    Options o;
-    parse_options(&o, count, words);
-    FILE *file = tsv ? fopen(tsv, "w") : NULL;
-    if (tsv && !file)
-        die(EXIT_USAGE, "--tsv cannot write %s; name a file in a folder that can be written", tsv);
+    enum { MASK, TOKENS, BLOCK, TSV, OPTIONS };
+    static const char *const names[OPTIONS] = {"--mask", "--tokens", "--block", "--tsv"};
+    const char *value[OPTIONS] = {NULL};
+    int number[OPTIONS] = {[TOKENS] = PICTURE_TOKENS, [BLOCK] = 64};
+    for (int i = 0; i < argc; i += 2) {
+        int o = 0;
+        while (o < OPTIONS && strcmp(argv[i], names[o]) != 0)
+            o++;
+        if (o == OPTIONS || i + 1 == argc)
+            die(EXIT_USAGE, "mask takes --mask NAME, --tokens T, --block N, --tsv FILE, not \"%.40s\"",
+                argv[i]);
+        value[o] = argv[i + 1];
+        char end;
+        if (number[o] && (sscanf(value[o], "%8d%c", &number[o], &end) != 1 || number[o] < 1))
+            die(EXIT_USAGE, "%s takes a whole number from 1 to 16777216, not \"%.40s\"", names[o], value[o]);
+    }
+    if (value[TOKENS] && !value[MASK])
+        die(EXIT_USAGE, "--tokens goes with --mask; the pictures of all masks are of %d", PICTURE_TOKENS);
+    FILE *file = value[TSV] ? fopen(value[TSV], "w") : NULL;
+    if (value[TSV] && !file)
+        die(EXIT_USAGE, "--tsv cannot write %s; name a file in a folder that can be written", value[TSV]);
     if (file)
         fprintf(file, "mask\tquery_block\tkey_block\tkind\n");
 
-    const char *const one[] = {o.mask, NULL};
-    for (const char *const *name = o.mask ? one : pictured; *name; name++) {
-        int *document;
-        AttentionShape s =
-            picture_shape(*name, o.tokens ? o.tokens : 1024, o.block ? o.block : 64, &document);
-        if ((s.tokens - 1) / s.block >= 256)
-            die(EXIT_USAGE, "a picture of more than 256 blocks; take --block %d or more",
-                (s.tokens - 1) / 256 + 1);
-        BlockMask mask = make_mask(&s);
-        print_picture(&mask, &s);
+    if (value[MASK]) {
+        Picture p = draw(value[MASK], number[TOKENS], number[BLOCK]);
+        print_pictures(&p, 1);
         if (file)
-            write_picture(file, &mask, *name);
-        free(mask.listed);
-        free(document);
-    }
+            write_picture(file, &p);
+        forget(&p);
+    } else
+        draw_all(number[BLOCK], file);
     if (file && fclose(file) != 0)
-        die(EXIT_USAGE, "--tsv cannot write %s; is the disk full?", tsv);
-    free_options(&o);
+        die(EXIT_USAGE, "--tsv cannot write %s; is the disk full?", value[TSV]);
     return EXIT_PASSED;
 }
 
@@ -247,15 +291,10 @@ static int run_mask(int argc, char **argv)
 
 static bool same_lists(const BlockMask *a, const BlockMask *b)
 {
-    for (int i = 0; i < a->query_blocks; i++) {
-        int na, nb;
-        const ListedBlock *la = block_list(a, 0, 0, i, &na), *lb = block_list(b, 0, 0, i, &nb);
-        if (na != nb)
-            return false;
-        for (int n = 0; n < na; n++)
-            if (la[n].key_block != lb[n].key_block || la[n].kind != lb[n].kind)
+    for (int i = 0; i < a->query_blocks; i++)
+        for (int j = 0; j < a->key_blocks; j++)
+            if (kind_at(a, i, j) != kind_at(b, i, j))
                 return false;
-    }
     return true;
 }
 
@@ -267,31 +306,30 @@ static const char *check_closed_forms(void)
                                         "window:37",
                                         "prefix:1",
                                         "prefix:50",
-                                        "local-global:1:1",
-                                        "local-global:9:20",
                                         "dilated:4:1",
                                         "dilated:1:7",
                                         "dilated:5:9",
+                                        "local-global:1:1",
+                                        "local-global:9:20",
                                         "documents:1,40,30,26",
-                                        "documents:97",
-                                        NULL};
+                                        "documents:97"};
     static char wrong[160];
-    for (const char *const *name = masks; *name; name++)
+    for (size_t i = 0; i < sizeof masks / sizeof masks[0]; i++)
         for (int block = 1; block <= 100; block += block < 8 ? 1 : 23)
             for (int shift = -40; shift <= 40; shift += 40) {
-                int *document;
-                AttentionShape s = picture_shape(*name, 97, block, &document);
-                s.key_tokens += document ? 0 : shift;
-                BlockMask closed = make_mask(&s), asked = make_mask(&s);
-                fill_from_predicate(&asked, attends, &s);
-                bool same = same_lists(&closed, &asked);
-                free(closed.listed);
+                Picture p;
+                take_shape(&p, masks[i], 97, block);
+                p.shape.key_tokens += p.document ? 0 : shift;
+                p.mask = make_mask(&p.shape);
+                BlockMask asked = make_mask(&p.shape);
+                fill_from_predicate(&asked, attends, &p.shape);
+                bool same = same_lists(&p.mask, &asked);
                 free(asked.listed);
-                free(document);
+                forget(&p);
                 if (!same) {
                     snprintf(wrong, sizeof wrong,
-                             "%s, T = 97, TK = %d, blocks of %d: closed form and predicate differ", *name,
-                             s.key_tokens, block);
+                             "%s, T = 97, TK = %d, blocks of %d: closed form and predicate differ", masks[i],
+                             p.shape.key_tokens, block);
                     return wrong;
                 }
             }
@@ -301,27 +339,59 @@ static const char *check_closed_forms(void)
 static const ExtraCheck checks[] = {
     {"each mask's closed form says what its predicate says", check_closed_forms}, {0}};
 
+static double milliseconds(void (*forward)(const Tensors *, const AttentionShape *), const StoryRun *run)
+{
+    double start = now();
+    forward(&run->t, &run->shape);
+    return 1e3 * (now() - start);
+}
+
+/* All the masks in turn, several times over, so that a busy moment of the machine hits them alike. */
+static void tell_times(Story *story)
+{
+    enum { MASKS = 4, ROUNDS = 5 };
+    static const char *const masks[MASKS] = {"none", "causal", "window:1024", "window:256"};
+    const StoryRun *runs[MASKS], *dense;
+    double ms[MASKS][ROUNDS], dense_ms[ROUNDS];
+    char words[128] = "";
+    for (int i = 0; i < MASKS; i++) {
+        snprintf(words, sizeof words, "--heads 4 --tokens 4096 --mask %s", masks[i]);
+        runs[i] = story_run(story, "simd", words);
+    }
+    dense = story_run(story, "dense-mask", words);
+    for (int round = 0; round < ROUNDS; round++) {
+        for (int i = 0; i < MASKS; i++)
+            ms[i][round] = milliseconds(forward_simd, runs[i]);
+        dense_ms[round] = milliseconds(forward_dense_mask, dense);
+    }
+
+    double full = median(ms[0], ROUNDS), last = full;
+    story_say(story, "  mask           pairs kept   blocks visited        ms   of the time without a mask");
+    for (int i = 0; i < MASKS; i++) {
+        const AttentionShape *s = &runs[i]->shape;
+        BlockMask mask = make_mask(s);
+        BlockCount c = count_blocks(&mask);
+        last = median(ms[i], ROUNDS);
+        story_say(story, "  %-14s %9.1f%% %15.1f%% %9.1f %9.1f%%", masks[i],
+                  100 * count_pairs(s) / (double)weights_count(s), 100.0 * (c.full + c.partial) / c.all, last,
+                  100 * last / full);
+        free(mask.listed);
+    }
+    double dense_median = median(dense_ms, ROUNDS);
+    story_say(story,
+              "window:256 as a T x TK tensor (dense-mask): %.0f ms, %.0f times as long; %.0f MiB, not %.0f.",
+              dense_median, dense_median / last, (double)dense->extra_bytes / (1 << 20),
+              (double)runs[MASKS - 1]->extra_bytes / (1 << 20));
+}
+
 static void story(Story *story)
 {
     story_heading(story, "A mask in blocks");
-    story_say(story, "Of the pairs that a mask allows, most come in whole blocks. A block that is empty is "
-                     "never loaded, one that "
-                     "is full is never asked about; only partial ones look at each pair.");
-    for (const char *const *name = pictured; *name; name++) {
-        int *document;
-        AttentionShape s = picture_shape(*name, 1024, 64, &document);
-        BlockMask mask = make_mask(&s);
-        if (name < pictured + 2)
-            print_picture(&mask, &s);
-        else {
-            BlockCount count = count_blocks(&mask);
-            story_say(story, "%-24s %3zu full, %3zu partial, %3zu empty blocks of 64", *name, count.full,
-                      count.partial, count.all - count.full - count.partial);
-        }
-        free(mask.listed);
-        free(document);
-    }
-    story_say(story, "./run mask draws them all.");
+    story_say(story,
+              "1024 queries (down) by 1024 keys (across) in blocks of 128. In a block # every pair may "
+              "attend, so nobody asks again; in a block o some may; a block . is never loaded.");
+    draw_all(128, NULL);
+    story_say(story, "./run mask draws them finer. Nobody asked about a pair to find this out:");
     story_claim(story, check_closed_forms() == NULL,
                 "for each mask the closed form says of every block what asking each pair says");
 
@@ -333,14 +403,9 @@ static void story(Story *story)
         (const double[6]){0.3409292, -0.02430938, 0.004581543, 0.02482991, 0.02445523, -0.01866736},
         92.2031735);
 
-    story_heading(story, "Time follows the pairs that are kept");
-    story_say(story, "8 heads of 64, 4096 tokens, blocks of 128:");
-    story_time(story, "simd", "--heads 8 --tokens 4096 --mask window:256");
-    story_time(story, "simd", "--heads 8 --tokens 4096 --mask window:1024");
-    story_time(story, "simd", "--heads 8 --tokens 4096 --causal");
-
-    story_heading(story, "The same mask as a tensor");
-    story_time(story, "dense-mask block-sparse simd", "--heads 8 --tokens 2048 --mask window:256");
+    story_heading(story,
+                  "Time follows the blocks that are kept: simd, 4 heads of 64, 4096 tokens, blocks of 128");
+    tell_times(story);
 }
 
 const Chapter chapter = {

@@ -150,7 +150,7 @@ function short(value) {
     return value >= 100 ? sprintf("%.0f", value) : sprintf("%.3g", value)
 }
 
-function fill_values(s,    out, start, stop, close_at, tag, word, value) {
+function fill_values(s,    out, start, stop, close_at, tag, word, value, divisor) {
     out = ""
     while (match(s, /<!--(value|ratio) /)) {
         start = RSTART
@@ -162,8 +162,11 @@ function fill_values(s,    out, start, stop, close_at, tag, word, value) {
         }
         tag = substr(s, start, stop - start + 3)
         split(substr(tag, 5, length(tag) - 7), word, " ")
-        value = word[1] == "value" ? lookup(word[2], word[3], word[4]) :
-            lookup(word[2], word[3], word[4]) / lookup(word[2], word[3], word[5])
+        value = lookup(word[2], word[3], word[4])
+        if (word[1] == "ratio") {
+            divisor = lookup(word[2], word[3], word[5])
+            value = divisor > 0 ? value / divisor : 0
+        }
         out = out substr(s, 1, start - 1) tag short(value) "<!--/-->"
         s = substr(s, close_at + 8)
     }
