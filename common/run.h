@@ -43,8 +43,7 @@ void close_run(Run *run);
 /* One forward pass, dropout starting where PyTorch's would. */
 void forward_run(Run *run);
 
-/* Poisons outputs and workspace with NaN, calls forward, compares with the oracle; true if all of it passed.
- */
+/* Poisons outputs and workspace with NaN, calls forward, compares with the oracle; true if all of it passed. */
 bool check_run(Run *run);
 /* "L2 3.1e-07, max 4.8e-07, 0 NaN (all)" of out, and of lse and weights where there are any. */
 void check_text(char *text, size_t size, const Run *run);
