@@ -229,8 +229,8 @@ static void tell_torch_mha(Story *story)
                      "sum of both its sides. It returns one matrix of weights: the heads' average. Beside "
                      "PyTorch's:");
     const StoryRun *run = story_run(story, "torch-mha", "");
-    story_expect(story, "out, seed 123", run->t.out, &torch_out[0][0], 6, 3);
-    story_expect(story, "weights, averaged", run->t.weights, &torch_weights[0][0], 6, 6);
+    story_beside(story, "out, seed 123", "PyTorch's", run->t.out, &torch_out[0][0], 6, 3);
+    story_beside(story, "weights, averaged", "PyTorch's", run->t.weights, &torch_weights[0][0], 6, 6);
 }
 
 /* The SDPA notebook's c_attn cell: width 12, 2 heads, x (2,5,12). */

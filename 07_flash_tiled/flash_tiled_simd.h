@@ -10,8 +10,7 @@
  *     flash_finish(&block);
  *
  * Nothing here is parallel: a block belongs to one thread, and its result does not depend on which one.
- * Dao, Fu, Ermon, Rudra and Re 2022 (FlashAttention), Dao 2023 (FlashAttention-2).
- */
+ * Dao, Fu, Ermon, Rudra and Re 2022 (FlashAttention), Dao 2023 (FlashAttention-2). */
 #ifndef FLASH_TILED_SIMD_H
 #define FLASH_TILED_SIMD_H
 

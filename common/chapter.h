@@ -37,11 +37,13 @@ int chapter_main(int argc, char **argv, const Chapter *chapter);
 void story_heading(Story *story, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void story_say(Story *story, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
-/* Prints rows x columns of ours beside the published numbers, a tick or a cross at each row's end. A row
+/* Prints rows x columns of ours beside numbers from elsewhere (story_expect: published ones; story_beside: `word` says whose), a tick or a cross at each row's end. A row
  * passes where every number is within 1e-4 (four published decimals, and PyTorch's own rounding); both NaN or
  * the same infinity passes too only if published so. A cross makes ./run exit with 1. */
 void story_expect(Story *story, const char *what, const float *ours, const double *published, int rows,
                   int columns);
+void story_beside(Story *story, const char *what, const char *word, const float *ours, const double *theirs,
+                  int rows, int columns);
 
 /* What a run left behind; valid until the story ends. */
 typedef struct {
@@ -61,9 +63,7 @@ void story_notebook(Story *story, const StoryRun *run, const double values[6], d
 void story_claim(Story *story, bool holds, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
 /* Runs one of the chapter's kernels as "./run --kernel NAME OPTIONS" would, OPTIONS being words with single
- * spaces
- * ("--seed 123 --batch 2"), and checks it against the oracle (a failed check is a cross). The result stays
- * valid until the story ends. */
+ * spaces ("--seed 123 --batch 2"), and checks it against the oracle (a failed check is a cross). */
 const StoryRun *story_run(Story *story, const char *kernel, const char *options);
 
 /* Runs the named kernels (separated by spaces) interleaved and prints the benchmark's rows: the one timing at

@@ -75,6 +75,7 @@ static const Case module_cases[] = {
     {"--batch 2 --tokens 1 --embed 12 --heads 3", 0},
     {"--batch 2 --tokens 7 --embed 24 --embed-out 12 --heads 3", 0},
     {"--batch 1 --tokens 65 --embed 40 --heads 1", 0},
+    {"--batch 2 --tokens 40 --embed 7 --heads 1", 0},
     {"--batch 3 --tokens 130 --embed 192 --heads 3", 0},
     {"--batch 1 --tokens 67 --embed 33 --embed-out 128 --heads 1", 0},
     {"--batch 2 --tokens 40 --embed 70 --embed-out 256 --heads 1", 0},

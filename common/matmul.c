@@ -77,8 +77,7 @@ static void multiply_tile(float tile[ROWS][COLUMNS], int depth, const float *a, 
     memcpy(tile, sum, sizeof sum);
 }
 
-/* packed (depth,width): `used` columns of a matrix whose element (p, i) is at p*along + i*across, then zeros.
- */
+/* packed (depth,width): `used` columns of a matrix whose element (p, i) is at p*along + i*across, then zeros. */
 static void pack(float *packed, const float *matrix, size_t along, size_t across, int depth, int used,
                  int width)
 {

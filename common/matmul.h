@@ -15,8 +15,7 @@
 void matmul(char transpose_a, char transpose_b, int m, int n, int k, float alpha, const float *a, int ld_a,
             const float *b, int ld_b, float beta, float *out, int ld_out);
 
-/* `count` products of one shape, in parallel: the i-th at a + i*stride_a, b + i*stride_b, out + i*stride_out.
- */
+/* `count` products of one shape, in parallel: the i-th at a + i*stride_a, b + i*stride_b, out + i*stride_out. */
 void matmul_strided_batch(char transpose_a, char transpose_b, int m, int n, int k, float alpha,
                           const float *a, int ld_a, size_t stride_a, const float *b, int ld_b,
                           size_t stride_b, float beta, float *out, int ld_out, size_t stride_out, int count);
@@ -25,8 +24,7 @@ void matmul_strided_batch(char transpose_a, char transpose_b, int m, int n, int 
 void linear(float *out, const float *x, const float *weight, const float *bias, size_t rows, int inputs,
             int outputs);
 
-/* Which library multiplies, for people: "OpenBLAS 0.3.21, core Cooperlake", "plain loops (no CBLAS found)".
- */
+/* Which library multiplies, for people: "OpenBLAS 0.3.21, core Cooperlake", "plain loops (no CBLAS found)". */
 const char *matmul_library(void);
 
 /* OpenBLAS reads OPENBLAS_CORETYPE when it is loaded, and releases older than a processor pick kernels of

@@ -8,18 +8,17 @@
 /* Attention for chosen query rows, or for all.
  *   rows          count row numbers (b*NH + h)*T + t; NULL: all B*NH*T rows in order (count is then ignored)
  *   out           (count, HS)   written; NULL: not wanted
- *   lse           (count)       written; NULL: not wanted; -inf for a row with nothing to attend to (its out
- * is zero) weights       (count, TK)   written; NULL: not wanted; after dropout q, k, v       (B,NH,T,HS),
- * (B,NKV,TK,HS) twice keep          dropout's mask (B,NH,T,TK), 1 = stays; NULL: s->dropout is drawn by
- * position (dropout_keeps), or is 0 Returns the largest |score| among allowed pairs, which the tolerance
- * needs. */
+ *   lse           (count)       written; NULL: not wanted; -inf where a row has nothing to attend to (its out is zero)
+ *   weights       (count, TK)   written, after dropout; NULL: not wanted
+ *   q, k, v       (B,NH,T,HS), (B,NKV,TK,HS) twice
+ *   keep          dropout's mask (B,NH,T,TK), 1 = stays; NULL: s->dropout is drawn by position, or is 0
+ * Returns the largest |score| among allowed pairs, which the tolerance needs. */
 double oracle_attention(double *out, double *lse, double *weights, const size_t *rows, size_t count,
                         const float *q, const float *k, const float *v, const uint8_t *keep,
                         const AttentionShape *s);
 
 /* y[o] = sum over i of weight[o * stride_out + i * stride_in] * x[i], plus bias[o]: nn.Linear's weight (out,
- * in) has strides in, 1; a matrix that multiplies from the right, x @ W with W (in, out), has strides 1, out.
- */
+ * in) has strides in, 1; a matrix that multiplies from the right, x @ W with W (in, out), has strides 1, out. */
 typedef struct {
     const float *weight, *bias; /* bias may be NULL */
     size_t stride_out, stride_in;

@@ -17,6 +17,8 @@ if try '#include <omp.h>
 int main(void) { return omp_get_max_threads() < 1; }' -fopenmp; then
     echo "OPENMP_CFLAGS := -fopenmp"
     echo "OPENMP_LIBS := -fopenmp"
+elif try 'int main(void) { return 0; }' -fopenmp-simd; then # one thread, but `omp simd` still makes vectors
+    echo "OPENMP_CFLAGS := -fopenmp-simd -Wno-unknown-pragmas"
 else
     echo "OPENMP_CFLAGS := -Wno-unknown-pragmas"
 fi

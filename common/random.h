@@ -33,8 +33,7 @@ void seed_stream(RandomStream *stream, StreamKind kind, uint64_t seed);
 /* torch.rand: n floats in [0, 1). */
 void draw_rand(RandomStream *stream, float *out, size_t n);
 
-/* tensor.uniform_(from, to). nn.Linear draws its weight, then its bias, with to = -from = 1 / sqrt(inputs).
- */
+/* tensor.uniform_(from, to). nn.Linear draws its weight, then its bias, with to = -from = 1 / sqrt(inputs). */
 void draw_uniform(RandomStream *stream, float *out, size_t n, float from, float to);
 
 /* torch.randn: n floats of the standard normal distribution. */

@@ -103,6 +103,12 @@ void story_claim(Story *story, bool holds, const char *format, ...)
 void story_expect(Story *story, const char *what, const float *ours, const double *published, int rows,
                   int columns)
 {
+    story_beside(story, what, "published", ours, published, rows, columns);
+}
+
+void story_beside(Story *story, const char *what, const char *word, const float *ours,
+                  const double *their_rows, int rows, int columns)
+{
     printf("  %s\n", what);
     const int a_line = columns > 6 ? 4 : columns; /* wide rows are folded */
     for (int r = 0; r < rows; r++)
@@ -112,14 +118,14 @@ void story_expect(Story *story, const char *what, const float *ours, const doubl
             printf("   ");
             for (int c = from; c < to; c++) {
                 float mine = ours[r * columns + c];
-                double theirs = published[r * columns + c];
+                double theirs = their_rows[r * columns + c];
                 printf(" %7.4f", mine);
                 bool same = isinf(theirs) ? (double)mine == theirs : fabs((double)mine - theirs) <= 1e-4;
                 good = good && same;
             }
-            printf("   published");
+            printf("   %s", word);
             for (int c = from; c < to; c++)
-                printf(" %7.4f", published[r * columns + c]);
+                printf(" %7.4f", their_rows[r * columns + c]);
             printf("  %s\n", good ? "✓" : "✗");
             count_mark(story, good);
         }
@@ -136,8 +142,8 @@ void story_notebook(Story *story, const StoryRun *run, const double values[6], d
         ours[i] = run->t.out[(places[i][0] * 1024 + places[i][1]) * 768 + places[i][2]];
     for (size_t i = 0; i < (size_t)8 * 1024 * 768; i++)
         squares += (double)run->t.out[i] * run->t.out[i];
-    story_expect(story, "out[0,0,0] [0,1,1] [1,511,100] [3,512,383] [5,700,640] [7,1023,767]", ours, values,
-                 1, 6);
+    story_beside(story, "out[0,0,0] [0,1,1] [1,511,100] [3,512,383] [5,700,640] [7,1023,767]", "PyTorch's",
+                 ours, values, 1, 6);
     story_claim(story, fabs(sqrt(squares) - norm) <= 1e-6 * norm, "norm %.5f, PyTorch's %.5f", sqrt(squares),
                 norm);
 }

@@ -84,8 +84,7 @@ static float *product(const Case *c, int threads)
     return out;
 }
 
-/* Each element within k + 4 roundings of the sum of the terms' sizes; what lies between the rows untouched.
- */
+/* Each element within k + 4 roundings of the sum of the terms' sizes; what lies between the rows untouched. */
 static void expect_right(const Case *c, const float *out)
 {
     for (size_t i = 0; i < c->out_count; i++) {

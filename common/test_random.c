@@ -220,8 +220,7 @@ Test(random, xavier)
     expect_near(x, expected, 12, 0);
 }
 
-/* manual_seed(123); empty(5).uniform_(-2, 3), and uniform_(1, 1.0000002), which has two floats to choose from
- */
+/* manual_seed(123); empty(5).uniform_(-2, 3), and uniform_(1, 1.0000002), which has two floats to choose from */
 Test(random, cpu_uniform)
 {
     float x[5];
