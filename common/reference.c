@@ -17,20 +17,29 @@ static __attribute__((format(printf, 1, 2))) const char *wrong(const char *forma
     return problem;
 }
 
+/* "grad_x" names the gradient of x, and so for each parameter. */
+static bool is_gradient(const char *name)
+{
+    return strncmp(name, "grad_", 5) == 0;
+}
+
 static const float *find_tensor(const Run *run, const char *name, size_t *count)
 {
+    bool gradient = is_gradient(name);
+    if (gradient)
+        name += 5;
     const AttentionShape *s = &run->problem.shape;
     size_t rows = (size_t)s->batch * s->tokens;
     *count = rows * s->embed;
     if (strcmp(name, "x") == 0)
-        return run->t.x;
+        return gradient ? run->t.dx : run->t.x;
     *count = rows * s->embed_out;
-    if (strcmp(name, "out") == 0)
+    if (strcmp(name, "out") == 0 && !gradient)
         return run->t.out;
     for (int i = 0; i < run->parameters.count; i++)
         if (strcmp(name, run->parameters.list[i].name) == 0) {
             *count = run->parameters.list[i].size[0] * run->parameters.list[i].size[1];
-            return run->parameters.list[i].data;
+            return gradient ? run->parameters.list[i].gradient : run->parameters.list[i].data;
         }
     return NULL;
 }
@@ -64,16 +73,18 @@ static const char *check_row(const Run *run, const char *name, const char *shape
         expected_count *= size[axis];
     if (!tensor || count != expected_count)
         return wrong("%s: no tensor of shape %s here", name, shape);
+    bool gradient = is_gradient(name);
+    double relative = gradient ? 1e-4 : 1e-5, absolute = gradient ? 1e-5 * l2 / sqrt((double)count) : 2e-6;
     double sum = 0;
     for (size_t i = 0; i < count; i++)
         sum += (double)tensor[i] * tensor[i];
-    if (!(fabs(sqrt(sum) - l2) <= 1e-6 * l2))
+    if (!(fabs(sqrt(sum) - l2) <= (gradient ? 1e-5 : 1e-6) * l2))
         return wrong("%s: norm %.9g, PyTorch's is %.9g", name, sqrt(sum), l2);
     for (char *value = strtok(values, " \n"); value; value = strtok(NULL, " \n")) {
         double expected = strtod(strchr(value, '=') + 1, NULL);
         size_t index = parse_index(value, size, axes);
         double ours = index < count ? (double)tensor[index] : NAN;
-        if (!(fabs(ours - expected) <= 2e-6 + 1e-5 * fabs(expected)))
+        if (!(fabs(ours - expected) <= absolute + relative * fabs(expected)))
             return wrong("%s: %.9g where PyTorch has %s", name, ours, value);
     }
     return NULL;
@@ -86,20 +97,22 @@ const char *check_reference(const Run *run, const char *path)
         return wrong("cannot open %s", path);
     char line[1000], kernel[64], name[64], shape[64];
     const char *bad = NULL;
-    int rows = 0;
+    bool backward = run->pass != PASS_FORWARD;
+    int rows = 0, expected = run->parameters.count + 2 + (backward ? run->parameters.count + 1 : 0);
     while (!bad && fgets(line, sizeof line, file)) {
         double l2;
         int values = 0;
         if (sscanf(line, "%*[^\t]\t%63[^\t]\t%63[^\t]\t%63[^\t]\t%lf\t%n", kernel, name, shape, &l2,
                    &values) != 4 ||
-            values == 0 || strcmp(kernel, run->kernel->name) != 0)
+            values == 0 || strcmp(kernel, run->kernel->name) != 0 || (is_gradient(name) && !backward))
             continue;
         bad = check_row(run, name, shape, l2, line + values);
         rows++;
     }
     fclose(file);
-    if (!bad && rows != run->parameters.count + 2)
-        return wrong("%s has %d rows of kernel %s; x, out and %d parameters make %d", path, rows,
-                     run->kernel->name, run->parameters.count, run->parameters.count + 2);
+    if (!bad && rows != expected)
+        return wrong("%s has %d rows of kernel %s; x, out and %d parameters%s make %d", path, rows,
+                     run->kernel->name, run->parameters.count, backward ? " and the gradients" : "",
+                     expected);
     return bad;
 }
