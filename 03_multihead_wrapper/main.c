@@ -37,34 +37,84 @@ static void find_heads(Head *heads, const Tensors *t, const AttentionShape *s)
         heads[h] = (Head){t->parameter[3 * h], t->parameter[3 * h + 1], t->parameter[3 * h + 2]};
 }
 
-/* q, k, v of one head, and for the wrapper the concatenated heads. */
+static void find_gradients(HeadGradient *heads, const Tensors *t, const AttentionShape *s)
+{
+    for (int h = 0; h < s->heads; h++)
+        heads[h] =
+            (HeadGradient){t->d_parameter[3 * h], t->d_parameter[3 * h + 1], t->d_parameter[3 * h + 2]};
+}
+
+/* q, k, v of every head; the weights before dropout where there is any; for the wrapper the concatenated
+ * heads. */
 static int stacked_workspace(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
-    size_t rows = (size_t)s->batch * s->tokens;
-    floats[0] = floats[1] = floats[2] = rows * s->head_size;
-    return 3;
+    floats[0] = floats[1] = floats[2] = (size_t)s->batch * s->tokens * s->embed_out;
+    floats[3] = s->dropout > 0 ? weights_count(s) : 0;
+    return 4;
 }
 
 static int wrapper_workspace(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
     stacked_workspace(s, floats);
-    floats[3] = (size_t)s->batch * s->tokens * s->embed_out;
+    floats[4] = floats[0];
+    return 5;
+}
+
+/* The gradients of one head's q, k, v and scores; for the wrapper those of the concatenated heads. */
+static int stacked_backward_workspace(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    size_t rows = (size_t)s->batch * s->tokens;
+    floats[0] = floats[1] = floats[2] = rows * s->head_size;
+    floats[3] = rows * s->tokens;
     return 4;
+}
+
+static int wrapper_backward_workspace(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    stacked_backward_workspace(s, floats);
+    floats[4] = (size_t)s->batch * s->tokens * s->embed_out;
+    return 5;
 }
 
 static void forward_stacked(const Tensors *t, const AttentionShape *s)
 {
     Head heads[MAX_HEADS];
+    float *const *kept = t->workspace;
     find_heads(heads, t, s);
-    stacked_heads(t->out, t->weights, t->workspace[0], t->workspace[1], t->workspace[2], t->x, heads, s);
+    stacked_heads(t->out, t->weights, kept[3], kept[0], kept[1], kept[2], t->x, heads, s);
 }
 
 static void forward_wrapper(const Tensors *t, const AttentionShape *s)
 {
     Head heads[MAX_HEADS];
+    float *const *kept = t->workspace;
     find_heads(heads, t, s);
-    multihead_wrapper(t->out, t->weights, t->workspace[0], t->workspace[1], t->workspace[2], t->workspace[3],
-                      t->x, heads, t->parameter[3 * s->heads], t->parameter[3 * s->heads + 1], s);
+    multihead_wrapper(t->out, t->weights, kept[3], kept[0], kept[1], kept[2], kept[4], t->x, heads,
+                      t->parameter[3 * s->heads], t->parameter[3 * s->heads + 1], s);
+}
+
+static void backward_stacked(const Tensors *t, const AttentionShape *s)
+{
+    Head heads[MAX_HEADS];
+    HeadGradient d_heads[MAX_HEADS];
+    float *const *kept = t->workspace, *const *d = t->backward_workspace;
+    find_heads(heads, t, s);
+    find_gradients(d_heads, t, s);
+    stacked_heads_backward(t->dx, d_heads, d[0], d[1], d[2], d[3], t->dout, t->weights,
+                           s->dropout > 0 ? kept[3] : t->weights, kept[0], kept[1], kept[2], t->x, heads, s);
+}
+
+static void backward_wrapper(const Tensors *t, const AttentionShape *s)
+{
+    Head heads[MAX_HEADS];
+    HeadGradient d_heads[MAX_HEADS];
+    float *const *kept = t->workspace, *const *d = t->backward_workspace;
+    find_heads(heads, t, s);
+    find_gradients(d_heads, t, s);
+    multihead_wrapper_backward(t->dx, d_heads, t->d_parameter[3 * s->heads], t->d_parameter[3 * s->heads + 1],
+                               d[0], d[1], d[2], d[4], d[3], t->dout, t->weights,
+                               s->dropout > 0 ? kept[3] : t->weights, kept[0], kept[1], kept[2], kept[4],
+                               t->x, heads, t->parameter[3 * s->heads], s);
 }
 
 static void describe_stacked(OracleModule *module, OracleLinear *query, OracleLinear *key,
@@ -97,7 +147,9 @@ static const Kernel kernels[] = {
      .what = "single causal heads, one after another, concatenated",
      .takes = TAKES_X,
      .forward = forward_stacked,
+     .backward = backward_stacked,
      .workspace = stacked_workspace,
+     .backward_workspace = stacked_backward_workspace,
      .weights = WEIGHTS_PER_HEAD,
      .dropout = DROPOUT_STREAM_BY_HEAD,
      .defaults = &two_heads,
@@ -109,7 +161,9 @@ static const Kernel kernels[] = {
      .what = "the same and an output projection: implementation 1",
      .takes = TAKES_X,
      .forward = forward_wrapper,
+     .backward = backward_wrapper,
      .workspace = wrapper_workspace,
+     .backward_workspace = wrapper_backward_workspace,
      .weights = WEIGHTS_PER_HEAD,
      .dropout = DROPOUT_STREAM_BY_HEAD,
      .refuses = too_many_heads,

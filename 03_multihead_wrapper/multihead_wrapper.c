@@ -4,6 +4,7 @@
 #include "vector_math.h"
 
 #include <math.h>
+#include <string.h>
 
 /* Query rows worked on at a time. Row t sees keys 0 .. t: a block of rows is multiplied with the keys up to
  * its own last row and with no others, so that nearly half of the T x T scores are never computed. */
@@ -41,7 +42,7 @@ static void softmax_row(float *row, int n, int T)
         row[t2] = 0;
 }
 
-void causal_head(float *context, float *weights, float *q, float *k, float *v, const float *x,
+void causal_head(float *context, float *weights, float *softmax, float *q, float *k, float *v, const float *x,
                  const Head *head, int h, const AttentionShape *s)
 {
     int B = s->batch, T = s->tokens, C = s->embed, HS = s->head_size, C_out = s->embed_out;
@@ -67,10 +68,12 @@ void causal_head(float *context, float *weights, float *q, float *k, float *v, c
         }
 
     /* Dropout draws a number for every pair, the forbidden ones too, and in memory order: one thread, one
-     * stream. */
-    if (s->dropout > 0)
-        for (int b = 0; b < B; b++)
-            apply_dropout(s->dropout_stream, weights + b * next_entry, head_weights, s->dropout);
+     * stream. The gradient needs the weights as they were before, too. */
+    for (int b = 0; b < B && s->dropout > 0; b++) {
+        float *weights_b = weights + b * next_entry;
+        memcpy(softmax + h * head_weights + b * next_entry, weights_b, head_weights * sizeof *weights_b);
+        apply_dropout(s->dropout_stream, weights_b, head_weights, s->dropout);
+    }
 
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int b = 0; b < B; b++)
@@ -83,17 +86,19 @@ void causal_head(float *context, float *weights, float *q, float *k, float *v, c
         }
 }
 
-void stacked_heads(float *out, float *weights, float *q, float *k, float *v, const float *x,
+void stacked_heads(float *out, float *weights, float *softmax, float *q, float *k, float *v, const float *x,
                    const Head *heads, const AttentionShape *s)
 {
+    size_t size = (size_t)s->batch * s->tokens * s->head_size;
     for (int h = 0; h < s->heads; h++)
-        causal_head(out + (size_t)h * s->head_size, weights, q, k, v, x, &heads[h], h, s);
+        causal_head(out + (size_t)h * s->head_size, weights, softmax, q + h * size, k + h * size,
+                    v + h * size, x, &heads[h], h, s);
 }
 
-void multihead_wrapper(float *out, float *weights, float *q, float *k, float *v, float *context,
-                       const float *x, const Head *heads, const float *out_weight, const float *out_bias,
-                       const AttentionShape *s)
+void multihead_wrapper(float *out, float *weights, float *softmax, float *q, float *k, float *v,
+                       float *context, const float *x, const Head *heads, const float *out_weight,
+                       const float *out_bias, const AttentionShape *s)
 {
-    stacked_heads(context, weights, q, k, v, x, heads, s);
+    stacked_heads(context, weights, softmax, q, k, v, x, heads, s);
     linear(out, context, out_weight, out_bias, (size_t)s->batch * s->tokens, s->embed_out, s->embed_out);
 }

@@ -94,7 +94,7 @@ Test(stacked, is_its_heads_side_by_side)
     float *q = buffer, *k = q + ROWS * HS, *v = k + ROWS * HS, *out = v + ROWS * HS;
     for (int h = 0; h < NH; h++) {
         Head head = {run->t.parameter[3 * h], run->t.parameter[3 * h + 1], run->t.parameter[3 * h + 2]};
-        stacked_heads(out, weights, q, k, v, run->t.x, &head, &alone);
+        stacked_heads(out, weights, NULL, q, k, v, run->t.x, &head, &alone);
         for (int row = 0; row < ROWS; row++)
             for (int i = 0; i < HS; i++) {
                 double apart = (double)out[row * HS + i] - (double)run->t.out[(row * NH + h) * HS + i];

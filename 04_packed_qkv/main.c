@@ -28,6 +28,20 @@ static void describe_heads(OracleLinear *query, OracleLinear *key, OracleLinear 
     }
 }
 
+/* The weights before dropout, which is the weights themselves where there is none: without dropout, forward
+ * does not write them, and no room is kept. */
+static float *softmax_of(float *weights, float *before_dropout, const AttentionShape *s)
+{
+    return s->dropout > 0 ? before_dropout : weights;
+}
+
+/* The scores' gradients that backward holds: BACKWARD_ROWS rows of each head, or all. */
+static size_t score_rows_of(const AttentionShape *s)
+{
+    int rows = s->tokens < BACKWARD_ROWS ? s->tokens : BACKWARD_ROWS;
+    return (size_t)s->batch * s->heads * rows * s->tokens;
+}
+
 /* ---- split-heads ---- */
 
 static void draw_split(Parameters *p, const AttentionShape *s)
@@ -38,18 +52,37 @@ static void draw_split(Parameters *p, const AttentionShape *s)
     add_linear(p, "out_proj", s->embed_out, s->embed_out, true);
 }
 
-/* q, k, v, context */
+/* q, k, v, context, the weights before dropout */
 static int workspace_split(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
     floats[0] = floats[1] = floats[2] = floats[3] = tokens_of(s) * s->embed_out;
-    return 4;
+    floats[4] = weights_count(s);
+    return s->dropout > 0 ? 5 : 4;
+}
+
+/* The gradients of q, k, v and context, and of scores */
+static int backward_workspace_split(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = floats[1] = floats[2] = floats[3] = tokens_of(s) * s->embed_out;
+    floats[4] = score_rows_of(s);
+    return 5;
 }
 
 static void forward_split(const Tensors *t, const AttentionShape *s)
 {
     const float *const *w = t->parameter;
-    split_heads(t->out, t->weights, t->workspace[0], t->workspace[1], t->workspace[2], t->workspace[3], t->x,
-                w[0], w[1], w[2], w[3], w[4], s);
+    float *const *kept = t->workspace;
+    split_heads(t->out, t->weights, kept[4], kept[0], kept[1], kept[2], kept[3], t->x, w[0], w[1], w[2], w[3],
+                w[4], s);
+}
+
+static void backward_split(const Tensors *t, const AttentionShape *s)
+{
+    const float *const *w = t->parameter;
+    float *const *kept = t->workspace, *const *d = t->backward_workspace, *const *d_w = t->d_parameter;
+    split_heads_backward(t->dx, d_w[0], d_w[1], d_w[2], d_w[3], d_w[4], d[0], d[1], d[2], d[3], d[4], t->dout,
+                         t->weights, softmax_of(t->weights, kept[4], s), kept[0], kept[1], kept[2], kept[3],
+                         t->x, w[0], w[1], w[2], w[3], s);
 }
 
 static void describe_split(OracleModule *module, OracleLinear *query, OracleLinear *key, OracleLinear *value,
@@ -75,18 +108,37 @@ static void draw_packed(Parameters *p, const AttentionShape *s)
     add_linear(p, "proj", s->embed_out, s->embed_out, true);
 }
 
-/* qkv, context */
+/* qkv, context, the weights before dropout */
 static int workspace_packed(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
     floats[0] = tokens_of(s) * 3 * s->embed_out;
     floats[1] = tokens_of(s) * s->embed_out;
-    return 2;
+    floats[2] = weights_count(s);
+    return s->dropout > 0 ? 3 : 2;
+}
+
+/* The gradients of qkv and context, and of scores */
+static int backward_workspace_packed(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = tokens_of(s) * 3 * s->embed_out;
+    floats[1] = tokens_of(s) * s->embed_out;
+    floats[2] = score_rows_of(s);
+    return 3;
 }
 
 static void forward_packed(const Tensors *t, const AttentionShape *s)
 {
     const float *const *w = t->parameter;
-    packed_qkv(t->out, t->weights, t->workspace[0], t->workspace[1], t->x, w[0], w[1], w[2], s);
+    float *const *kept = t->workspace;
+    packed_qkv(t->out, t->weights, kept[2], kept[0], kept[1], t->x, w[0], w[1], w[2], s);
+}
+
+static void backward_packed(const Tensors *t, const AttentionShape *s)
+{
+    const float *const *w = t->parameter;
+    float *const *kept = t->workspace, *const *d = t->backward_workspace, *const *d_w = t->d_parameter;
+    packed_qkv_backward(t->dx, d_w[0], d_w[1], d_w[2], d[0], d[1], d[2], t->dout, t->weights,
+                        softmax_of(t->weights, kept[2], s), kept[0], kept[1], t->x, w[0], w[1], s);
 }
 
 static void describe_packed(OracleModule *module, OracleLinear *query, OracleLinear *key, OracleLinear *value,
@@ -115,20 +167,39 @@ static void draw_torch_mha(Parameters *p, const AttentionShape *s)
     add_linear(p, "proj", C, C, true);
 }
 
-/* qkv, context, attended, the weights of every head */
+/* qkv, context, attended, the weights of every head, and before dropout */
 static int workspace_torch_mha(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
     workspace_packed(s, floats);
     floats[2] = floats[1];
-    floats[3] = weights_count(s);
+    floats[3] = floats[4] = weights_count(s);
+    return s->dropout > 0 ? 5 : 4;
+}
+
+/* The gradients of qkv, context and attended, and of scores */
+static int backward_workspace_torch_mha(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    backward_workspace_packed(s, floats);
+    floats[3] = floats[2];
+    floats[2] = floats[1];
     return 4;
 }
 
 static void forward_torch_mha(const Tensors *t, const AttentionShape *s)
 {
     const float *const *w = t->parameter;
-    torch_mha(t->out, t->weights, t->workspace[3], t->workspace[0], t->workspace[1], t->workspace[2], t->x,
-              w[1], w[0], w[2], w[3], s);
+    float *const *kept = t->workspace;
+    torch_mha(t->out, t->weights, kept[3], kept[4], kept[0], kept[1], kept[2], t->x, w[1], w[0], w[2], w[3],
+              s);
+}
+
+/* The averaged weights are returned to be looked at; the loss is out's. */
+static void backward_torch_mha(const Tensors *t, const AttentionShape *s)
+{
+    const float *const *w = t->parameter;
+    float *const *kept = t->workspace, *const *d = t->backward_workspace, *const *d_w = t->d_parameter;
+    torch_mha_backward(t->dx, d_w[1], d_w[0], d_w[2], d_w[3], d[0], d[1], d[2], d[3], t->dout, kept[3],
+                       softmax_of(kept[3], kept[4], s), kept[0], kept[1], kept[2], t->x, w[1], w[0], w[2], s);
 }
 
 static void describe_torch_mha(OracleModule *module, OracleLinear *query, OracleLinear *key,
@@ -152,7 +223,9 @@ static const Kernel kernels[] = {
      .what = "three projections, heads split by strides: implementation 2",
      .takes = TAKES_X,
      .forward = forward_split,
+     .backward = backward_split,
      .workspace = workspace_split,
+     .backward_workspace = backward_workspace_split,
      .weights = WEIGHTS_PER_HEAD,
      .dropout = DROPOUT_STREAM,
      .defaults = &two_heads,
@@ -163,7 +236,9 @@ static const Kernel kernels[] = {
      .what = "one projection three times as wide: implementation 3, nanoGPT's c_attn",
      .takes = TAKES_X,
      .forward = forward_packed,
+     .backward = backward_packed,
      .workspace = workspace_packed,
+     .backward_workspace = backward_workspace_packed,
      .weights = WEIGHTS_PER_HEAD,
      .dropout = DROPOUT_STREAM,
      .defaults = &two_heads,
@@ -175,7 +250,9 @@ static const Kernel kernels[] = {
      .what = "nn.MultiheadAttention returning averaged weights: implementation 7",
      .takes = TAKES_X,
      .forward = forward_torch_mha,
+     .backward = backward_torch_mha,
      .workspace = workspace_torch_mha,
+     .backward_workspace = backward_workspace_torch_mha,
      .weights = WEIGHTS_AVERAGED,
      .dropout = DROPOUT_STREAM,
      .defaults = &three_heads,
@@ -246,7 +323,7 @@ static void tell_folded_batch(Story *story)
                      "0-11, 12-23 and 24-35 of the product: queries, keys, values. The view then makes one "
                      "sequence of ten tokens of the two of five.");
     AttentionShape wrong = folded_batch(&run->shape);
-    attend_heads(context, weights, qkv, qkv + C, qkv + 2 * C, 3 * C, &wrong);
+    attend_heads(context, weights, NULL, qkv, qkv + C, qkv + 2 * C, 3 * C, &wrong);
     double leaked = 0; /* head 0, row T: the first token of the second sequence */
     for (int t2 = 0; t2 < T; t2++)
         leaked += weights[T * (B * T) + t2];
@@ -278,7 +355,7 @@ static void tell_without_transpose(Story *story)
                      "value's first number, of head 2 the second. Read without the transpose, head 2 begins "
                      "in the middle of the sentence.");
     AttentionShape wrong = without_transpose(&run->shape);
-    attend_heads(context, weights, q, k, v, run->shape.head_size, &wrong);
+    attend_heads(context, weights, NULL, q, k, v, run->shape.head_size, &wrong);
     const float *right = run->t.workspace[3];
     story_claim(story, right[0] == v[0] && right[1] == v[1],
                 "token 1: context %.4f %.4f, its value %.4f %.4f", right[0], right[1], v[0], v[1]);

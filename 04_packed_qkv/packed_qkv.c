@@ -4,6 +4,7 @@
 #include "vector_math.h"
 
 #include <math.h>
+#include <string.h>
 
 /* Query rows worked on at a time. Row t sees keys 0 .. t: a block of rows is multiplied with the keys up to
  * its own last row and with no others, so that nearly half of the T x T scores are never computed. */
@@ -41,8 +42,8 @@ static void softmax_row(float *row, int n, int T)
         row[t2] = 0;
 }
 
-void attend_heads(float *context, float *weights, const float *q, const float *k, const float *v,
-                  int row_stride, const AttentionShape *s)
+void attend_heads(float *context, float *weights, float *softmax, const float *q, const float *k,
+                  const float *v, int row_stride, const AttentionShape *s)
 {
     int B = s->batch, T = s->tokens, NH = s->heads, HS = s->head_size;
     int C_out = NH * HS;
@@ -63,9 +64,11 @@ void attend_heads(float *context, float *weights, const float *q, const float *k
             }
 
     /* Dropout draws a number for every pair, the forbidden ones too, and in memory order: one thread, one
-     * stream. */
-    if (s->dropout > 0)
+     * stream. The gradient needs the weights as they were before, too. */
+    if (s->dropout > 0) {
+        memcpy(softmax, weights, weights_count(s) * sizeof *weights);
         apply_dropout(s->dropout_stream, weights, weights_count(s), s->dropout);
+    }
 
 #pragma omp parallel for collapse(3) schedule(dynamic)
     for (int b = 0; b < B; b++)
@@ -81,9 +84,10 @@ void attend_heads(float *context, float *weights, const float *q, const float *k
             }
 }
 
-void split_heads(float *out, float *weights, float *q, float *k, float *v, float *context, const float *x,
-                 const float *query_weight, const float *key_weight, const float *value_weight,
-                 const float *out_weight, const float *out_bias, const AttentionShape *s)
+void split_heads(float *out, float *weights, float *softmax, float *q, float *k, float *v, float *context,
+                 const float *x, const float *query_weight, const float *key_weight,
+                 const float *value_weight, const float *out_weight, const float *out_bias,
+                 const AttentionShape *s)
 {
     size_t rows = (size_t)s->batch * s->tokens;
     int C = s->embed, C_out = s->embed_out;
@@ -91,11 +95,11 @@ void split_heads(float *out, float *weights, float *q, float *k, float *v, float
     linear(q, x, query_weight, NULL, rows, C, C_out);
     linear(k, x, key_weight, NULL, rows, C, C_out);
     linear(v, x, value_weight, NULL, rows, C, C_out);
-    attend_heads(context, weights, q, k, v, C_out, s);
+    attend_heads(context, weights, softmax, q, k, v, C_out, s);
     linear(out, context, out_weight, out_bias, rows, C_out, C_out);
 }
 
-void packed_qkv(float *out, float *weights, float *qkv, float *context, const float *x,
+void packed_qkv(float *out, float *weights, float *softmax, float *qkv, float *context, const float *x,
                 const float *qkv_weight, const float *proj_weight, const float *proj_bias,
                 const AttentionShape *s)
 {
@@ -103,7 +107,7 @@ void packed_qkv(float *out, float *weights, float *qkv, float *context, const fl
     int C = s->embed, C_out = s->embed_out;
 
     linear(qkv, x, qkv_weight, NULL, rows, C, 3 * C_out);
-    attend_heads(context, weights, qkv, qkv + C_out, qkv + 2 * C_out, 3 * C_out, s);
+    attend_heads(context, weights, softmax, qkv, qkv + C_out, qkv + 2 * C_out, 3 * C_out, s);
     linear(out, context, proj_weight, proj_bias, rows, C_out, C_out);
 }
 
@@ -125,15 +129,15 @@ static void average_heads(float *averaged, const float *weights, const Attention
         }
 }
 
-void torch_mha(float *out, float *averaged, float *weights, float *qkv, float *context, float *attended,
-               const float *x, const float *in_proj_weight, const float *inner_weight,
+void torch_mha(float *out, float *averaged, float *weights, float *softmax, float *qkv, float *context,
+               float *attended, const float *x, const float *in_proj_weight, const float *inner_weight,
                const float *proj_weight, const float *proj_bias, const AttentionShape *s)
 {
     size_t rows = (size_t)s->batch * s->tokens;
     int C = s->embed;
 
     linear(qkv, x, in_proj_weight, NULL, rows, C, 3 * C);
-    attend_heads(context, weights, qkv, qkv + C, qkv + 2 * C, 3 * C, s);
+    attend_heads(context, weights, softmax, qkv, qkv + C, qkv + 2 * C, 3 * C, s);
     average_heads(averaged, weights, s);
     linear(attended, context, inner_weight, NULL, rows, C, C);
     linear(out, attended, proj_weight, proj_bias, rows, C, C);

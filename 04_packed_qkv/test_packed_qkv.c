@@ -207,8 +207,8 @@ Test(mistakes, folded_batch_leaks)
                 ((float *)run->t.x)[i] += 1;
             forward_run(run);
         }
-        attend_heads(context[0][changed], weights, qkv, qkv + C, qkv + 2 * C, 3 * C, &right);
-        attend_heads(context[1][changed], weights, qkv, qkv + C, qkv + 2 * C, 3 * C, &wrong);
+        attend_heads(context[0][changed], weights, NULL, qkv, qkv + C, qkv + 2 * C, 3 * C, &right);
+        attend_heads(context[1][changed], weights, NULL, qkv, qkv + C, qkv + 2 * C, 3 * C, &wrong);
     }
     cr_expect(furthest(context[0][0], context[0][1], ENTRY) > 0.01, "entry 0 did change");
     cr_expect(memcmp(context[0][0] + ENTRY, context[0][1] + ENTRY, ENTRY * sizeof(float)) == 0);
@@ -225,7 +225,7 @@ Test(mistakes, third_of_a_head_makes_three_tokens_of_one)
     const float *q = run->t.workspace[0], *k = run->t.workspace[1], *v = run->t.workspace[2],
                 *context = run->t.workspace[3];
     float mistaken[2 * 5 * C], weights[2 * 2 * 15 * 15];
-    attend_heads(mistaken, weights, q, k, v, C / 3, &wrong);
+    attend_heads(mistaken, weights, NULL, q, k, v, C / 3, &wrong);
     cr_expect(furthest(context, v, C) <= 1e-6, "a first token's context is its own value");
     cr_expect(furthest(mistaken, v, 4) <= 1e-6, "and so is that of its first third");
     cr_expect(furthest(mistaken + 4, v + 4, 4) > 0.01, "but the second third mixes itself with the first");
@@ -240,7 +240,7 @@ Test(mistakes, without_transpose_mixes_tokens)
     const float *q = run->t.workspace[0], *k = run->t.workspace[1], *v = run->t.workspace[2],
                 *context = run->t.workspace[3];
     float mistaken[B * NH * T * HS], weights[B * NH * T * T];
-    attend_heads(mistaken, weights, q, k, v, HS, &wrong);
+    attend_heads(mistaken, weights, NULL, q, k, v, HS, &wrong);
     for (int b = 0; b < B; b++) {
         const float *v_b = v + b * T * C, *head1 = mistaken + (b * NH + 1) * T * HS;
         cr_expect(furthest(context + b * T * C, v_b, C) <= 1e-6, "token 0's context is its own value");
