@@ -115,6 +115,12 @@ static float dot(const float *a, const float *b, int n)
     return sum;
 }
 
+/* NaN if either is: a maximum that forgets NaN would hide it. */
+static float larger(float a, float b)
+{
+    return a > b || isnan(a) ? a : b;
+}
+
 /* Row (b,h,t) meets up to STRIP keys first <= t2 < end. may_attend NULL: all of them are allowed. */
 static void meet_keys(Row *row, MaskPredicate *may_attend, const float *q, const float *k, const float *v,
                       const AttentionShape *s, int b, int h, int t, int first, int end)
@@ -128,7 +134,7 @@ static void meet_keys(Row *row, MaskPredicate *may_attend, const float *q, const
         *score_t2 = -INFINITY;
         if (!may_attend || may_attend(s, b, h, t, t2))
             *score_t2 = s->scale * dot(q_bht, k + key_row(s, b, h, t2), HS) + bias_at(s, b, h, t, t2);
-        m = *score_t2 <= m ? m : *score_t2; /* written so that a NaN passes */
+        m = larger(m, *score_t2);
     }
     if (m == -INFINITY)
         return; /* nothing allowed yet, and -inf - -inf would be NaN */
