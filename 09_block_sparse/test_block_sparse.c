@@ -211,7 +211,7 @@ Test(lists, are_pytorchs)
         rows++;
     }
     fclose(file);
-    cr_expect(rows == 14);
+    cr_expect(rows == 16);
 }
 
 Test(lists, a_window_of_256_in_4096_keeps_a_tenth)

@@ -12,6 +12,7 @@ MASKS = {
     "causal": lambda b, h, q, kv: kv <= q,
     "window:256": lambda b, h, q, kv: (q - kv >= 0) & (q - kv < 256),
     "window:200": lambda b, h, q, kv: (q - kv >= 0) & (q - kv < 200),
+    "window:257": lambda b, h, q, kv: (q - kv >= 0) & (q - kv < 257),
     "dilated:3:200": lambda b, h, q, kv: (q - kv >= 0) & (q - kv < 600) & ((q - kv) % 200 == 0),
     "prefix:300": lambda b, h, q, kv: (kv < 300) | (kv <= q),
     "local-global:128:64": lambda b, h, q, kv: ((q - kv).abs() < 128) | (kv < 64) | (q < 64),
