@@ -100,10 +100,11 @@ void attention_dense_mask(float *out, float *lse, float *weights, float *mask, c
 
 enum { STRIP = 64 }; /* keys that a row meets at a time: one maximum, one mending for all of them */
 
-/* A query row on its way along the keys, as in chapter 6. */
+/* Query (b,h,t) on its way along the keys: m and l as in chapter 6, out (HS) not yet divided by l. */
 typedef struct {
-    float m, l;
-    float *out; /* (HS) */
+    int b, h, t;
+    const float *q;
+    float m, l, *out;
 } Row;
 
 static float dot(const float *a, const float *b, int n)
@@ -115,25 +116,31 @@ static float dot(const float *a, const float *b, int n)
     return sum;
 }
 
-/* Row (b,h,t) meets up to STRIP keys first <= t2 < end. may_attend NULL: all of them are allowed. */
-static void meet_keys(Row *row, MaskPredicate *may_attend, const float *q, const float *k, const float *v,
-                      const AttentionShape *s, int b, int h, int t, int first, int end)
+/* NaN if either is: a maximum that forgets NaN would hide it. */
+static float larger(float a, float b)
 {
-    int HS = s->head_size;
-    const float *q_bht = q + query_row(s, b, h, t);
+    return a > b || isnan(a) ? a : b;
+}
+
+/* The row meets up to STRIP keys first <= t2 < end. may_attend NULL: all of them are allowed. */
+static void meet_keys(Row *row, MaskPredicate *may_attend, const float *k, const float *v,
+                      const AttentionShape *s, int first, int end)
+{
+    int HS = s->head_size, b = row->b, h = row->h, t = row->t;
     float score[STRIP], m = row->m;
 
     for (int t2 = first; t2 < end; t2++) {
         float *score_t2 = &score[t2 - first];
         *score_t2 = -INFINITY;
         if (!may_attend || may_attend(s, b, h, t, t2))
-            *score_t2 = s->scale * dot(q_bht, k + key_row(s, b, h, t2), HS) + bias_at(s, b, h, t, t2);
-        m = *score_t2 <= m ? m : *score_t2; /* written so that a NaN passes */
+            *score_t2 = s->scale * dot(row->q, k + key_row(s, b, h, t2), HS) + bias_at(s, b, h, t, t2);
+        m = larger(m, *score_t2);
     }
     if (m == -INFINITY)
         return; /* nothing allowed yet, and -inf - -inf would be NaN */
 
     float mend = expf(row->m - m); /* 1 while the maximum stands, 0 the first time */
+    row->m = m;
     row->l *= mend;
     for (int c = 0; c < HS; c++)
         row->out[c] *= mend;
@@ -149,7 +156,6 @@ static void meet_keys(Row *row, MaskPredicate *may_attend, const float *q, const
         for (int c = 0; c < HS; c++)
             row->out[c] += p * v_bht2[c];
     }
-    row->m = m;
 }
 
 void attention_block_sparse(float *out, float *lse, const float *q, const float *k, const float *v,
@@ -161,16 +167,17 @@ void attention_block_sparse(float *out, float *lse, const float *q, const float 
     for (int b = 0; b < s->batch; b++)
         for (int h = 0; h < s->heads; h++)
             for (int t = 0; t < s->tokens; t++) {
-                int listed;
-                const ListedBlock *list = block_list(mask, b, h, t / N, &listed);
-                Row row = {.m = -INFINITY, .l = 0, .out = out + query_row(s, b, h, t)};
+                size_t at = query_row(s, b, h, t);
+                Row row = {.b = b, .h = h, .t = t, .q = q + at, .m = -INFINITY, .l = 0, .out = out + at};
                 memset(row.out, 0, HS * sizeof *row.out);
 
+                int listed;
+                const ListedBlock *list = block_list(mask, b, h, t / N, &listed);
                 for (int n = 0; n < listed; n++) {
                     int first = list[n].key_block * N, end = smaller(first + N, s->key_tokens);
                     MaskPredicate *may_attend = list[n].kind == BLOCK_PARTIAL ? mask->predicate : NULL;
                     for (int t2 = first; t2 < end; t2 += STRIP)
-                        meet_keys(&row, may_attend, q, k, v, s, b, h, t, t2, smaller(t2 + STRIP, end));
+                        meet_keys(&row, may_attend, k, v, s, t2, smaller(t2 + STRIP, end));
                 }
 
                 for (int c = 0; c < HS; c++)

@@ -237,7 +237,8 @@ static void draw_all(int block, FILE *file)
         Picture pictures[ABREAST];
         for (int n = 0; n < ABREAST; n++)
             pictures[n] = draw(pictured[first + n], PICTURE_TOKENS, block);
-        printf(first ? "\n" : "");
+        if (first)
+            printf("\n");
         print_pictures(pictures, ABREAST);
         for (int n = 0; n < ABREAST; n++) {
             if (file)

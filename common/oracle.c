@@ -1,4 +1,4 @@
-#include "oracle.h"
+#include "oracle_internal.h"
 #include "memory.h"
 #include "random.h"
 
@@ -6,40 +6,23 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Below this many multiplications a loop is not worth waking the other threads for. */
-enum { SMALL = 1 << 16 };
-
-/* out[0..n) = in[0..n) */
-static void widen(double *out, const float *in, size_t n)
+void oracle_widen(double *out, const float *in, size_t n)
 {
 #pragma omp parallel for if (n > SMALL)
     for (size_t i = 0; i < n; i++)
         out[i] = in[i];
 }
 
-/* Eight sums side by side: compilers make a vector of them, and may not do so of a single sum. */
-static double dot(const double *a, const double *b, int n)
+double oracle_dropout(size_t row, int key, const uint8_t *keep, const AttentionShape *s)
 {
-    enum { WIDTH = 8 };
-    double part[WIDTH] = {0}, sum = 0;
-    int i = 0;
-    for (; i + WIDTH <= n; i += WIDTH)
-        for (int j = 0; j < WIDTH; j++)
-            part[j] += a[i + j] * b[i + j];
-    for (; i < n; i++)
-        sum += a[i] * b[i];
-    for (int j = 0; j < WIDTH; j++)
-        sum += part[j];
-    return sum;
+    if (s->dropout == 0)
+        return 1;
+    bool stays =
+        keep ? keep[row * s->key_tokens + key] : dropout_keeps(s->dropout_seed, row, key, s->dropout);
+    return stays ? 1 / (1 - (double)s->dropout) : 0;
 }
 
-/* softmax(scale q.k + bias) v for one row, in two passes: the scores of the keys allowed and their maximum,
- * then the sum; then the weighted values.
- *   out (HS), lse (1), weights (TK)   written; each may be NULL
- *   row                               (b*NH + h)*T + t
- *   q (HS), k, v (TK,HS)              this row's query, the keys and values of its key/value head
- * Returns the largest |score|. */
-static double attend_row(double *out, double *lse, double *weights, size_t row, const double *q,
+double oracle_attend_row(double *out, double *lse, double *weights, size_t row, const double *q,
                          const double *k, const double *v, const uint8_t *keep, const AttentionShape *s)
 {
     size_t tokens = s->tokens, heads = s->heads, keys = s->key_tokens, size = s->head_size;
@@ -53,7 +36,7 @@ static double attend_row(double *out, double *lse, double *weights, size_t row, 
         double bias = bias_at(s, b, h, t, t2);
         if (!attends(s, b, h, t, t2) || bias == -INFINITY)
             continue;
-        double score = s->scale * dot(q, k + t2 * size, s->head_size) + bias;
+        double score = s->scale * oracle_dot(q, k + t2 * size, s->head_size) + bias;
         key[allowed] = t2;
         p[allowed++] = score;
         if (score > m)
@@ -73,12 +56,7 @@ static double attend_row(double *out, double *lse, double *weights, size_t row, 
     if (out)
         memset(out, 0, size * sizeof *out);
     for (int i = 0; i < allowed; i++) {
-        double weight = p[i] / l;
-        if (s->dropout > 0) {
-            bool stays =
-                keep ? keep[row * keys + key[i]] : dropout_keeps(s->dropout_seed, row, key[i], s->dropout);
-            weight *= stays ? 1 / (1 - (double)s->dropout) : 0;
-        }
+        double weight = p[i] / l * oracle_dropout(row, key[i], keep, s);
         if (weights)
             weights[key[i]] = weight;
         for (size_t d = 0; out && d < size; d++)
@@ -105,8 +83,8 @@ double oracle_attention(double *out, double *lse, double *weights, const size_t 
         size_t slab = (rows ? rows[first] : first) / s->tokens / group;
         for (end = first + 1; end < count && (rows ? rows[end] : end) / s->tokens / group == slab;)
             end++;
-        widen(k_slab, k + slab * slab_size, slab_size);
-        widen(v_slab, v + slab * slab_size, slab_size);
+        oracle_widen(k_slab, k + slab * slab_size, slab_size);
+        oracle_widen(v_slab, v + slab * slab_size, slab_size);
 #pragma omp parallel for schedule(dynamic) reduction(max : largest) if ((end - first) * slab_size > SMALL)
         for (size_t i = first; i < end; i++) {
             size_t row = rows ? rows[i] : i;
@@ -114,8 +92,8 @@ double oracle_attention(double *out, double *lse, double *weights, const size_t 
             for (size_t d = 0; d < size; d++)
                 q_row[d] = q[row * size + d];
             double score =
-                attend_row(out ? out + i * size : NULL, lse ? lse + i : NULL,
-                           weights ? weights + i * keys : NULL, row, q_row, k_slab, v_slab, keep, s);
+                oracle_attend_row(out ? out + i * size : NULL, lse ? lse + i : NULL,
+                                  weights ? weights + i * keys : NULL, row, q_row, k_slab, v_slab, keep, s);
             largest = score > largest ? score : largest;
             free(q_row);
         }
@@ -125,34 +103,46 @@ double oracle_attention(double *out, double *lse, double *weights, const size_t 
     return largest;
 }
 
-/* out (count, HS) = linear(x), x (count, inputs), or a copy of x where linear is NULL. One input's column of
- * the weight at a time, so that the inner loop runs along the outputs. */
-static void project(double *out, const OracleLinear *linear, const double *x, size_t count, size_t inputs,
+void oracle_add_product(Matrix c, Matrix a, Matrix b, size_t rows, size_t inner, size_t columns)
+{
+#pragma omp parallel for if (rows * inner * columns > SMALL)
+    for (size_t i = 0; i < rows; i++) {
+        double *sum = c.at + i * c.row;
+        for (size_t k = 0; k < inner; k++) {
+            const double factor = a.at[i * a.row + k * a.column], *row = b.at + k * b.row;
+            for (size_t j = 0; j < columns; j++)
+                sum[j] += factor * row[j];
+        }
+    }
+}
+
+double *oracle_matrix(const OracleLinear *linear, size_t outputs, size_t inputs)
+{
+    double *matrix = allocate_zeroed(outputs * inputs, sizeof *matrix);
+    for (size_t o = 0; o < outputs; o++)
+        for (size_t i = 0; i < inputs; i++)
+            matrix[o * inputs + i] = linear->weight[o * linear->stride_out + i * linear->stride_in];
+    return matrix;
+}
+
+void oracle_project(double *out, const OracleLinear *linear, double *x, size_t count, size_t inputs,
                     size_t outputs)
 {
     if (!linear) {
         memcpy(out, x, count * inputs * sizeof *out);
         return;
     }
-    double *columns = allocate_zeroed(inputs * outputs, sizeof *columns); /* (inputs, outputs) */
-    for (size_t i = 0; i < inputs; i++)
+    OracleLinear from_right = {linear->weight, NULL, linear->stride_in, linear->stride_out};
+    double *columns = oracle_matrix(&from_right, inputs, outputs);
+    for (size_t row = 0; row < count; row++)
         for (size_t o = 0; o < outputs; o++)
-            columns[i * outputs + o] = linear->weight[o * linear->stride_out + i * linear->stride_in];
-#pragma omp parallel for if (count * inputs * outputs > SMALL)
-    for (size_t row = 0; row < count; row++) {
-        double *y = out + row * outputs;
-        for (size_t o = 0; o < outputs; o++)
-            y[o] = linear->bias ? linear->bias[o] : 0;
-        for (size_t i = 0; i < inputs; i++)
-            for (size_t o = 0; o < outputs; o++)
-                y[o] += columns[i * outputs + o] * x[row * inputs + i];
-    }
+            out[row * outputs + o] = linear->bias ? linear->bias[o] : 0;
+    oracle_add_product(by_rows(out, outputs), by_rows(x, inputs), by_rows(columns, outputs), count, inputs,
+                       outputs);
     free(columns);
 }
 
-/* Rotary embedding of one row of a head, in place: dimensions i and i + HS/2, as a point of the plane, turn
- * by position * theta^(-2i/HS). Su and others 2021, in the pairing of Hugging Face's Llama. */
-static void rotate(double *row, int size, double position, double theta)
+void oracle_rotate(double *row, int size, double position, double theta)
 {
     for (int i = 0; i < size / 2; i++) {
         double angle = position * pow(theta, -2.0 * i / size), x = row[i], y = row[i + size / 2];
@@ -180,23 +170,23 @@ static Entry project_entry(const float *x, const size_t *chosen, size_t count, c
                .joined = allocate_zeroed(heads * count * size, sizeof(double))};
     double *x_all = allocate_zeroed(tokens * embed, sizeof *x_all);
     double *x_chosen = allocate_zeroed(count * embed, sizeof *x_chosen);
-    widen(x_all, x, tokens * embed);
+    oracle_widen(x_all, x, tokens * embed);
     for (size_t i = 0; i < count; i++)
         memcpy(x_chosen + i * embed, x_all + chosen[i] * embed, embed * sizeof *x_all);
 
     for (size_t h = 0; h < heads; h++) {
         double *q = e.q + h * count * size;
-        project(q, module->query ? &module->query[h] : NULL, x_chosen, count, embed, size);
+        oracle_project(q, module->query ? &module->query[h] : NULL, x_chosen, count, embed, size);
         for (size_t i = 0; module->rope_theta > 0 && i < count; i++)
-            rotate(q + i * size, s->head_size, (double)chosen[i], module->rope_theta);
+            oracle_rotate(q + i * size, s->head_size, (double)chosen[i], module->rope_theta);
     }
     for (size_t h = 0; h < kv_heads; h++) {
         double *k = e.k + h * tokens * size;
-        project(k, module->key ? &module->key[h] : NULL, x_all, tokens, embed, size);
-        project(e.v + h * tokens * size, module->value ? &module->value[h] : NULL, x_all, tokens, embed,
-                size);
+        oracle_project(k, module->key ? &module->key[h] : NULL, x_all, tokens, embed, size);
+        oracle_project(e.v + h * tokens * size, module->value ? &module->value[h] : NULL, x_all, tokens,
+                       embed, size);
         for (size_t t = 0; module->rope_theta > 0 && t < tokens; t++)
-            rotate(k + t * size, s->head_size, (double)t, module->rope_theta);
+            oracle_rotate(k + t * size, s->head_size, (double)t, module->rope_theta);
     }
     free(x_all);
     free(x_chosen);
@@ -216,9 +206,9 @@ static double attend_heads(const Entry *e, double *weights, bool per_head, size_
     for (size_t h = 0; h < heads; h++) {
         double *head_weights = one_head ? one_head : weights ? weights + h * keys : NULL;
         size_t slab = h / group * keys * size;
-        double score = attend_row(e->joined + (i * heads + h) * size, NULL, head_weights,
-                                  lse_index(s, (int)b, (int)h, (int)t), e->q + (h * count + i) * size,
-                                  e->k + slab, e->v + slab, keep, s);
+        double score = oracle_attend_row(e->joined + (i * heads + h) * size, NULL, head_weights,
+                                         lse_index(s, (int)b, (int)h, (int)t), e->q + (h * count + i) * size,
+                                         e->k + slab, e->v + slab, keep, s);
         largest = score > largest ? score : largest;
         for (size_t t2 = 0; one_head && t2 < keys; t2++)
             weights[t2] += one_head[t2] / (double)heads;
@@ -255,7 +245,7 @@ double oracle_module(double *out, double *weights, bool per_head, const size_t *
         }
         for (int i = 0; i < module->outputs; i++) {
             double *joined = e.joined;
-            project(e.q, &module->output[i], joined, here, embed_out, embed_out);
+            oracle_project(e.q, &module->output[i], joined, here, embed_out, embed_out);
             e.joined = e.q; /* of the same size, and no longer needed */
             e.q = joined;
         }
