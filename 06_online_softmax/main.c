@@ -10,7 +10,32 @@
 
 static void forward_materialised(const Tensors *t, const AttentionShape *s)
 {
-    attention_materialised(t->out, t->lse, t->weights, t->q, t->k, t->v, s);
+    attention_materialised(t->out, t->lse, t->weights, t->workspace[0], t->q, t->k, t->v, s);
+}
+
+/* The softmax before dropout, where there is any. */
+static int softmax_if_dropout(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = weights_count(s);
+    return s->dropout > 0 ? 1 : 0;
+}
+
+static AttentionBackward gradients(const Tensors *t)
+{
+    return (AttentionBackward){t->q, t->k, t->v, t->out, t->lse, t->dout, t->dq, t->dk, t->dv, t->dbias};
+}
+
+static void backward_materialised(const Tensors *t, const AttentionShape *s)
+{
+    AttentionBackward g = gradients(t);
+    attention_materialised_backward(&g, t->weights, s->dropout > 0 ? t->workspace[0] : t->weights,
+                                    t->backward_workspace[0], s);
+}
+
+static int d_scores(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = weights_count(s);
+    return 1;
 }
 
 static void forward_online(const Tensors *t, const AttentionShape *s)
@@ -18,17 +43,34 @@ static void forward_online(const Tensors *t, const AttentionShape *s)
     attention_online(t->out, t->lse, t->q, t->k, t->v, s);
 }
 
+static void backward_online(const Tensors *t, const AttentionShape *s)
+{
+    AttentionBackward g = gradients(t);
+    attention_online_backward(&g, t->backward_workspace[0], s);
+}
+
+static int delta(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = lse_count(s);
+    return 1;
+}
+
 static const Kernel kernels[] = {
     {.name = "materialised",
      .what = "the T x TK matrix in memory, softmax over its rows",
      .takes = TAKES_QKV,
      .forward = forward_materialised,
+     .backward = backward_materialised,
+     .workspace = softmax_if_dropout,
+     .backward_workspace = d_scores,
      .weights = WEIGHTS_PER_HEAD,
      .dropout = DROPOUT_STREAM},
     {.name = "online",
      .what = "one pass over the keys, the sums mended as the maximum grows",
      .takes = TAKES_QKV,
      .forward = forward_online,
+     .backward = backward_online,
+     .backward_workspace = delta,
      .dropout = DROPOUT_POSITION},
     {0},
 };

@@ -2,6 +2,7 @@
 #include "online_softmax.h"
 
 #include <math.h>
+#include <string.h>
 
 #include "matmul.h"
 #include "random.h"
@@ -33,7 +34,7 @@ static float largest(const float *row, int n)
 
 /* Softmax over row[0 .. n), in place; returns log(sum(exp(row))). Subtracting the largest score changes
  * nothing, as it cancels, but keeps every exp() at 1 or below. */
-static float softmax(float *row, int n)
+static float softmax_of(float *row, int n)
 {
     float m = largest(row, n);
     if (m == -INFINITY)
@@ -65,11 +66,11 @@ static float softmax_of_allowed(float *row, const AttentionShape *s, int b, int 
             row[t2] = attends(s, b, h, t, t2) ? row[t2] : -INFINITY;
     for (int t2 = end; t2 < s->key_tokens; t2++)
         row[t2] = 0;
-    return softmax(row, end);
+    return softmax_of(row, end);
 }
 
-void attention_materialised(float *out, float *lse, float *weights, const float *q, const float *k,
-                            const float *v, const AttentionShape *s)
+void attention_materialised(float *out, float *lse, float *weights, float *softmax, const float *q,
+                            const float *k, const float *v, const AttentionShape *s)
 {
     int T = s->tokens, TK = s->key_tokens, HS = s->head_size;
     int blocks = (T + BLOCK_ROWS - 1) / BLOCK_ROWS;
@@ -91,8 +92,10 @@ void attention_materialised(float *out, float *lse, float *weights, const float 
                         softmax_of_allowed(weights + lse_index(s, b, h, t) * TK, s, b, h, t);
             }
 
-    if (s->dropout > 0)
+    if (s->dropout > 0) {
+        memcpy(softmax, weights, weights_count(s) * sizeof *softmax); /* for the backward pass */
         apply_dropout(s->dropout_stream, weights, weights_count(s), s->dropout);
+    }
 
 #pragma omp parallel for collapse(3) schedule(dynamic)
     for (int b = 0; b < s->batch; b++)

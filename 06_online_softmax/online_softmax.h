@@ -2,9 +2,9 @@
  *
  *   q, out (B,NH,T,HS)    k, v (B,NH,TK,HS)    lse (B,NH,T)    weights (B,NH,T,TK)    row-major floats
  *
- * Both functions take any mask, bias, scale and dropout that the shape names, and one key/value head for each
- * query head (kv_heads = heads). A row with no key allowed: out = 0, lse = -inf. A NaN that a row can see
- * reaches its out and lse. Nothing is allocated and nothing can fail.
+ * Every function takes any mask, bias, scale and dropout that the shape names, and one key/value head for each
+ * query head (kv_heads = heads). A row with no key allowed: out = 0, lse = -inf, gradients 0. A NaN that a row
+ * can see reaches its out, lse and gradients. Nothing is allocated and nothing can fail.
  *
  * Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; Rabe and Staats 2021,
  * "Self-attention does not need O(n^2) memory".
@@ -15,13 +15,32 @@
 #include "shape.h"
 
 /* softmax(scale Q K^T + bias) V, one step after the other, the T x TK matrix in memory. weights are kept,
- * after dropout, which is drawn from s->dropout_stream in memory order, as PyTorch's nn.Dropout draws it. */
-void attention_materialised(float *out, float *lse, float *weights, const float *q, const float *k,
-                            const float *v, const AttentionShape *s);
+ * after dropout, which is drawn from s->dropout_stream in memory order, as PyTorch's nn.Dropout draws it.
+ * softmax (B,NH,T,TK): the weights before dropout, which the backward pass needs too; written only where
+ * s->dropout > 0, as they are the same otherwise. */
+void attention_materialised(float *out, float *lse, float *weights, float *softmax, const float *q,
+                            const float *k, const float *v, const AttentionShape *s);
 
 /* The same in one pass over the keys, without the matrix. Dropout is drawn by position (dropout_keeps). */
 void attention_online(float *out, float *lse, const float *q, const float *k, const float *v,
                       const AttentionShape *s);
+
+/* What a backward pass reads and writes. dout is the gradient of out; of lse there is none. */
+typedef struct {
+    const float *q, *k, *v, *out, *lse, *dout; /* as forward was given them and left them; dout as out */
+    float *dq, *dk, *dv;                       /* written: as q, k, v */
+    float *dbias; /* written if s->bias is there: in its layout, summed over what it was broadcast to */
+} AttentionBackward;
+
+/* The gradients of attention_materialised, from its weights and softmax (the same pointer without dropout).
+ * d_scores (B,NH,T,TK) is written: the gradient of the scores. lse is not read. */
+void attention_materialised_backward(const AttentionBackward *g, const float *weights, const float *softmax,
+                                     float *d_scores, const AttentionShape *s);
+
+/* The gradients of attention_online. delta (B,NH,T) is written: rowsum(dout * out). No matrix is kept: each
+ * weight is computed again from lse, twice (three times with a bias). A pair that is forbidden is not looked
+ * at. Dao et al. 2022, "FlashAttention", appendix B.2. */
+void attention_online_backward(const AttentionBackward *g, float *delta, const AttentionShape *s);
 
 /* What one query row knows of the keys it has seen. `o` belongs to the caller. */
 typedef struct {

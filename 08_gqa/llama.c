@@ -33,6 +33,16 @@ void rope(float *row, const float *cosine, const float *sine, int head_size)
     }
 }
 
+void rope_backward(float *row, const float *cosine, const float *sine, int head_size)
+{
+    int half = head_size / 2;
+    for (int i = 0; i < half; i++) {
+        float a = row[i], b = row[i + half];
+        row[i] = a * cosine[i] + b * sine[i];
+        row[i + half] = b * cosine[i] - a * sine[i];
+    }
+}
+
 /* ---- Between rows (B,T,n*HS), as projections give them, and heads (B,n,T,HS), as attention takes them. ----
  */
 
@@ -58,13 +68,15 @@ static void join_heads(float *rows, const float *heads, int n, const AttentionSh
                        HS * sizeof *rows);
 }
 
-static void rope_heads(float *heads, int n, const LlamaWorkspace *w, const AttentionShape *s)
+/* turn is rope or rope_backward. */
+static void turn_heads(float *heads, int n, void (*turn)(float *, const float *, const float *, int),
+                       const LlamaWorkspace *w, const AttentionShape *s)
 {
     size_t T = s->tokens, HS = s->head_size;
 #pragma omp parallel for collapse(2)
     for (size_t bh = 0; bh < (size_t)s->batch * n; bh++)
         for (size_t t = 0; t < T; t++)
-            rope(heads + (bh * T + t) * HS, w->cosine + t * (HS / 2), w->sine + t * (HS / 2), s->head_size);
+            turn(heads + (bh * T + t) * HS, w->cosine + t * (HS / 2), w->sine + t * (HS / 2), s->head_size);
 }
 
 /* ---- The module ---- */
@@ -84,11 +96,58 @@ void llama_attention(float *out, const LlamaWorkspace *w, const float *x, const 
 
     /* Before the heads are shared: one rotation serves the whole group. */
     rope_table(w->cosine, w->sine, s->tokens, s->head_size, LLAMA_THETA);
-    rope_heads(w->q, s->heads, w, s);
-    rope_heads(w->k, s->kv_heads, w, s);
+    turn_heads(w->q, s->heads, rope, w, s);
+    turn_heads(w->k, s->kv_heads, rope, w, s);
 
-    attention_grouped_simd(w->out_heads, NULL, w->scratch, w->q, w->k, w->v, s);
+    attention_grouped_simd(w->out_heads, w->lse, w->scratch, w->q, w->k, w->v, s);
 
     join_heads(w->rows, w->out_heads, s->heads, s);
     linear(out, w->rows, o_proj, NULL, rows, q_width, s->embed_out);
+}
+
+/* ---- Its gradient: the same steps, backwards. ---- */
+
+/* y (rows,outputs) = x W^T: given dy, dW = dy^T x, and dx += dy W; first: dx = dy W. */
+static void linear_backward(float *dx, float *d_weight, const float *dy, const float *x, const float *weight,
+                            bool first, int rows, int inputs, int outputs)
+{
+    matmul('T', 'N', outputs, inputs, rows, 1, dy, outputs, x, inputs, 0, d_weight, inputs);
+    matmul('N', 'N', rows, inputs, outputs, 1, dy, outputs, weight, inputs, first ? 0 : 1, dx, inputs);
+}
+
+void llama_attention_backward(const LlamaGradients *g, const LlamaBackwardWorkspace *d,
+                              const LlamaWorkspace *w, const float *dout, const float *x, const float *q_proj,
+                              const float *k_proj, const float *v_proj, const float *o_proj,
+                              const AttentionShape *s)
+{
+    int rows = s->batch * s->tokens, q_width = s->heads * s->head_size, kv_width = s->kv_heads * s->head_size;
+    float *d_rows = w->rows; /* from here on: forward's are needed for o_proj's gradient alone */
+
+    matmul('T', 'N', s->embed_out, q_width, rows, 1, dout, s->embed_out, w->rows, q_width, 0, g->do_proj,
+           q_width);
+    matmul('N', 'N', rows, q_width, s->embed_out, 1, dout, s->embed_out, o_proj, q_width, 0, d_rows, q_width);
+    split_heads(d->dout_heads, d_rows, s->heads, s);
+
+    const GroupedBackward attention = {.q = w->q,
+                                       .k = w->k,
+                                       .v = w->v,
+                                       .out = w->out_heads,
+                                       .lse = w->lse,
+                                       .dout = d->dout_heads,
+                                       .dq = d->dq,
+                                       .dk = d->dk,
+                                       .dv = d->dv,
+                                       .delta = d->delta};
+    attention_grouped_backward(&attention, s);
+
+    /* dk is summed over the group already, as k was turned before it was shared. Values were not turned. */
+    turn_heads(d->dq, s->heads, rope_backward, w, s);
+    turn_heads(d->dk, s->kv_heads, rope_backward, w, s);
+
+    join_heads(d_rows, d->dv, s->kv_heads, s);
+    linear_backward(g->dx, g->dv_proj, d_rows, x, v_proj, true, rows, s->embed, kv_width);
+    join_heads(d_rows, d->dk, s->kv_heads, s);
+    linear_backward(g->dx, g->dk_proj, d_rows, x, k_proj, false, rows, s->embed, kv_width);
+    join_heads(d_rows, d->dq, s->heads, s);
+    linear_backward(g->dx, g->dq_proj, d_rows, x, q_proj, false, rows, s->embed, q_width);
 }

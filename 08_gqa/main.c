@@ -15,15 +15,52 @@ static void forward_repeat_kv(const Tensors *t, const AttentionShape *s)
     attention_repeat_kv(t->out, t->lse, t->workspace[0], t->workspace[1], t->q, t->k, t->v, s);
 }
 
+static size_t copies(const AttentionShape *s)
+{
+    return (size_t)s->batch * s->heads * s->key_tokens * s->head_size;
+}
+
 static int repeated_keys_and_values(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
-    floats[0] = floats[1] = (size_t)s->batch * s->heads * s->key_tokens * s->head_size;
+    floats[0] = floats[1] = copies(s);
     return 2;
+}
+
+static GroupedBackward gradients(const Tensors *t)
+{
+    return (GroupedBackward){
+        t->q, t->k, t->v, t->out, t->lse, t->dout, t->dq, t->dk, t->dv, t->dbias, t->backward_workspace[0]};
+}
+
+static void backward_repeat_kv(const Tensors *t, const AttentionShape *s)
+{
+    GroupedBackward g = gradients(t);
+    attention_repeat_kv_backward(&g, t->workspace[0], t->workspace[1], t->backward_workspace[1],
+                                 t->backward_workspace[2], s);
+}
+
+static int delta_and_copies(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = lse_count(s);
+    floats[1] = floats[2] = copies(s);
+    return 3;
 }
 
 static void forward_grouped(const Tensors *t, const AttentionShape *s)
 {
     attention_grouped(t->out, t->lse, t->q, t->k, t->v, s);
+}
+
+static void backward_grouped(const Tensors *t, const AttentionShape *s)
+{
+    GroupedBackward g = gradients(t);
+    attention_grouped_backward(&g, s);
+}
+
+static int delta(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = lse_count(s);
+    return 1;
 }
 
 static void forward_simd(const Tensors *t, const AttentionShape *s)
@@ -51,24 +88,49 @@ static int llama_buffers(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
     floats[0] = floats[1] = floats[2] = query_count(s);
     floats[3] = floats[4] = key_count(s);
-    floats[5] = floats[6] = (size_t)s->tokens * (s->head_size / 2);
+    floats[5] = lse_count(s);
+    floats[6] = (size_t)s->tokens * s->head_size; /* half for the cosines, half for the sines */
     floats[7] = grouped_simd_scratch(s);
     return 8;
 }
 
-static void forward_llama(const Tensors *t, const AttentionShape *s)
+static LlamaWorkspace llama_workspace(const Tensors *t, const AttentionShape *s)
 {
     float *const *w = t->workspace;
-    const LlamaWorkspace workspace = {.rows = w[0],
-                                      .q = w[1],
-                                      .out_heads = w[2],
-                                      .k = w[3],
-                                      .v = w[4],
-                                      .cosine = w[5],
-                                      .sine = w[6],
-                                      .scratch = w[7]};
+    return (LlamaWorkspace){.rows = w[0],
+                            .q = w[1],
+                            .out_heads = w[2],
+                            .k = w[3],
+                            .v = w[4],
+                            .lse = w[5],
+                            .cosine = w[6],
+                            .sine = w[6] + (size_t)s->tokens * (s->head_size / 2),
+                            .scratch = w[7]};
+}
+
+static void forward_llama(const Tensors *t, const AttentionShape *s)
+{
+    const LlamaWorkspace workspace = llama_workspace(t, s);
     llama_attention(t->out, &workspace, t->x, t->parameter[Q_PROJ], t->parameter[K_PROJ],
                     t->parameter[V_PROJ], t->parameter[O_PROJ], s);
+}
+
+static int llama_backward_buffers(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = floats[1] = query_count(s);
+    floats[2] = floats[3] = key_count(s);
+    floats[4] = lse_count(s);
+    return 5;
+}
+
+static void backward_llama(const Tensors *t, const AttentionShape *s)
+{
+    float *const *w = t->backward_workspace, *const *d = t->d_parameter;
+    const LlamaWorkspace workspace = llama_workspace(t, s);
+    const LlamaBackwardWorkspace backward = {w[0], w[1], w[2], w[3], w[4]};
+    const LlamaGradients g = {t->dx, d[Q_PROJ], d[K_PROJ], d[V_PROJ], d[O_PROJ]};
+    llama_attention_backward(&g, &backward, &workspace, t->dout, t->x, t->parameter[Q_PROJ],
+                             t->parameter[K_PROJ], t->parameter[V_PROJ], t->parameter[O_PROJ], s);
 }
 
 static const char *needs_even_heads(const AttentionShape *s)
@@ -105,13 +167,17 @@ static const Kernel kernels[] = {
      .what = "keys and values copied for each query head, then head by head",
      .takes = TAKES_QKV,
      .forward = forward_repeat_kv,
+     .backward = backward_repeat_kv,
      .workspace = repeated_keys_and_values,
+     .backward_workspace = delta_and_copies,
      .dropout = DROPOUT_POSITION,
      .grouped = true},
     {.name = "grouped",
      .what = "the same without copies: head h reads key/value head h / group",
      .takes = TAKES_QKV,
      .forward = forward_grouped,
+     .backward = backward_grouped,
+     .backward_workspace = delta,
      .dropout = DROPOUT_POSITION,
      .grouped = true},
     {.name = "simd",
@@ -125,7 +191,9 @@ static const Kernel kernels[] = {
      .what = "Llama 3's module: projections, rotary embedding, grouped causal attention",
      .takes = TAKES_X,
      .forward = forward_llama,
+     .backward = backward_llama,
      .workspace = llama_buffers,
+     .backward_workspace = llama_backward_buffers,
      .grouped = true,
      .refuses = needs_even_heads,
      .own_mask = OWN_MASK_CAUSAL,

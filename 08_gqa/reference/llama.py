@@ -19,7 +19,7 @@ def rotate(x):  # (B, heads, T, HS), as transformers' apply_rotary_pos_emb
 
 
 torch.manual_seed(123)
-x = torch.randn(B, T, C)
+x = torch.randn(B, T, C, requires_grad=True)
 q_proj, k_proj, v_proj = (nn.Linear(C, n * HS, bias=False) for n in (NH, NKV, NKV))
 o_proj = nn.Linear(NH * HS, C_OUT, bias=False)
 q, k, v = (p(x).view(B, T, -1, HS).transpose(1, 2) for p in (q_proj, k_proj, v_proj))
@@ -33,3 +33,11 @@ print(f"# manual_seed(123); x = randn({B},{T},{C}); q_proj, k_proj, v_proj, o_pr
 print(f"# heads of {HS}, rope theta {THETA:g}, causal; out ({B},{T},{C_OUT}). PyTorch {torch.__version__} on a CPU, float32. Memory order.")
 for row in out.reshape(-1, C_OUT):
     print("\t".join(f"{value:.7g}" for value in row.tolist()))
+
+dout = torch.randn(B, T, C_OUT)
+(out * dout).sum().backward()
+print("# Gradients of (out * dout).sum(), dout = randn as out, drawn behind the parameters: L2 norm, first row, last row.")
+named = {"x": x, "q_proj": q_proj.weight, "k_proj": k_proj.weight, "v_proj": v_proj.weight, "o_proj": o_proj.weight}
+for name, tensor in named.items():
+    rows = tensor.grad.reshape(-1, tensor.shape[-1])
+    print("\t".join([name] + [f"{value:.7g}" for value in [rows.norm().item(), *rows[0].tolist(), *rows[-1].tolist()]]))
