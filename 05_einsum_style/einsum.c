@@ -112,6 +112,18 @@ const char *einsum_parse(EinsumWords *words, const char *specification)
     return NULL;
 }
 
+const char *einsum_gradient(char text[EINSUM_TEXT], const char *specification, int operand)
+{
+    EinsumWords words;
+    const char *error = einsum_parse(&words, specification);
+    if (error)
+        return error;
+    const char *wanted = operand == EINSUM_A ? words.a : words.b;
+    const char *other = operand == EINSUM_A ? words.b : words.a;
+    sprintf(text, "%s,%s->%s", words.out, other, wanted);
+    return einsum_parse(&words, text);
+}
+
 /* ---- From letters to loops ---- */
 
 static Letter *letter_named(EinsumPlan *plan, char name)
@@ -465,4 +477,18 @@ void einsum(const char *specification, View out, View a, View b)
         run_product(&product, out.data, a.data, b.data);
     else
         run_loops(&plan, out.data, a.data, b.data);
+}
+
+/* ---- Gradients ---- */
+
+void einsum_backward(EinsumFunction *einsum_with, const char *specification, View d_a, View d_b, View d_out,
+                     View a, View b)
+{
+    char for_a[EINSUM_TEXT], for_b[EINSUM_TEXT];
+    const char *error = einsum_gradient(for_a, specification, EINSUM_A);
+    error = error ? error : einsum_gradient(for_b, specification, EINSUM_B);
+    if (error)
+        die(EXIT_USAGE, "%s (for a gradient)", error);
+    einsum_with(for_a, d_a, d_out, b);
+    einsum_with(for_b, d_b, d_out, a);
 }

@@ -42,6 +42,13 @@ View transpose(View v, int axis, int other);
  * views, ends the program with its error and exit code 2: ask einsum_plan() first where that will not do. */
 void einsum(const char *specification, View out, View a, View b);
 void einsum_loops(const char *specification, View out, View a, View b);
+typedef void EinsumFunction(const char *specification, View out, View a, View b);
+
+/* The gradients of out = einsum(specification, a, b), from the gradient of out: two einsums, run by
+ * einsum_with (einsum or einsum_loops). d_a and d_b are written; they have the axes of a and b, and any
+ * strides. Specifications that einsum_gradient() refuses end the program as above. */
+void einsum_backward(EinsumFunction *einsum_with, const char *specification, View d_a, View d_b, View d_out,
+                     View a, View b);
 
 /* ---- The steps on the way ---- */
 
@@ -55,6 +62,15 @@ typedef struct {
  *
  *     einsum "bnd,do->bn[q]": letter 'q' of the result is in neither operand */
 const char *einsum_parse(EinsumWords *words, const char *specification);
+
+/* Writes the specification of a gradient, to be run on the result's gradient and the other operand: of
+ * "A,B->C" it is "C,B->A" for the first operand (EINSUM_A) and "C,A->B" for the second (EINSUM_B). Returns
+ * NULL, or one line as above, where that is no specification: of "ii,ij->ij" it would be "ij,ij->ii" (the
+ * gradient is 0 off the diagonal), and of "ij,jk->k" it would be "k,jk->ij" (the gradient is the same for
+ * every i). So it takes an operand whose letters differ and are in the other operand or the result; what the
+ * other operand has does not matter. */
+enum { EINSUM_TEXT = 3 * EINSUM_MAX_AXES + sizeof ",->" };
+const char *einsum_gradient(char text[EINSUM_TEXT], const char *specification, int operand);
 
 /* One letter is one loop. A step along it moves by stride[] in each tensor: by 0 where the letter is absent,
  * by the sum of two strides where it comes twice. */

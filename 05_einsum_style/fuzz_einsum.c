@@ -77,6 +77,20 @@ static void run_both_ways(const EinsumWords *w, const char *specification, unsig
     free(a.data), free(b.data), free(by_loops.data), free(by_einsum.data);
 }
 
+/* A gradient is refused as a specification is; one that is taken has the first again for its own gradient. */
+static void check_gradients(const char *specification)
+{
+    char text[EINSUM_TEXT], again[EINSUM_TEXT];
+    for (int x = EINSUM_A; x <= EINSUM_B; x++) {
+        const char *error = einsum_gradient(text, specification, x);
+        if (error)
+            check_error(error);
+        else
+            REQUIRE(einsum_gradient(again, text, EINSUM_A) == NULL &&
+                    (x == EINSUM_B || strcmp(again, specification) == 0));
+    }
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t length)
 {
     if (length == 0)
@@ -92,6 +106,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t length)
         check_error(error);
     } else {
         check_words(&words, specification);
+        check_gradients(specification);
         run_both_ways(&words, specification, bytes[0] * 2654435761u);
     }
     free(specification);

@@ -23,20 +23,40 @@ static void draw_parameters(Parameters *p, const AttentionShape *s)
     add_uniform(p, "W_value", C, C_out, linear_bound(C_out));
 }
 
-/* q, k, v, context */
+/* q, k, v, context, and with dropout the softmax before it */
 static int workspace(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
     floats[0] = floats[1] = floats[2] = floats[3] = (size_t)s->batch * s->tokens * s->embed_out;
-    return 4;
+    floats[4] = weights_count(s);
+    return s->dropout > 0 ? 5 : 4;
+}
+
+/* The gradients of q, k, v, context, weights, and a part of x's */
+static int backward_workspace(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = floats[1] = floats[2] = floats[3] = (size_t)s->batch * s->tokens * s->embed_out;
+    floats[4] = weights_count(s);
+    floats[5] = (size_t)s->batch * s->tokens * s->embed;
+    return 6;
+}
+
+static EinsumParameters parameters_in(const Tensors *t)
+{
+    const float *const *w = t->parameter;
+    return (EinsumParameters){w[W_QUERY], w[W_KEY], w[W_VALUE], w[OUT_WEIGHT], w[OUT_BIAS]};
+}
+
+static EinsumActivations activations_in(const Tensors *t, const AttentionShape *s)
+{
+    float *const *w = t->workspace, *softmax = s->dropout > 0 ? w[4] : t->weights;
+    return (EinsumActivations){w[0], w[1], w[2], softmax, t->weights, w[3]};
 }
 
 static void forward_with(EinsumFunction *einsum_with, const Tensors *t, const AttentionShape *s)
 {
-    const float *const *w = t->parameter;
-    float *const *buffer = t->workspace;
-    EinsumParameters p = {w[W_QUERY], w[W_KEY], w[W_VALUE], w[OUT_WEIGHT], w[OUT_BIAS]};
-    einsum_attention(t->out, t->weights, buffer[0], buffer[1], buffer[2], buffer[3], t->x, &p, einsum_with,
-                     s);
+    EinsumParameters p = parameters_in(t);
+    EinsumActivations a = activations_in(t, s);
+    einsum_attention(t->out, &a, t->x, &p, einsum_with, s);
 }
 
 static void forward_einsum(const Tensors *t, const AttentionShape *s)
@@ -47,6 +67,26 @@ static void forward_einsum(const Tensors *t, const AttentionShape *s)
 static void forward_einsum_loops(const Tensors *t, const AttentionShape *s)
 {
     forward_with(einsum_loops, t, s);
+}
+
+static void backward_with(EinsumFunction *einsum_with, const Tensors *t, const AttentionShape *s)
+{
+    EinsumParameters p = parameters_in(t);
+    EinsumActivations a = activations_in(t, s);
+    float *const *d = t->d_parameter, *const *w = t->backward_workspace;
+    EinsumParameterGradients dp = {d[W_QUERY], d[W_KEY], d[W_VALUE], d[OUT_WEIGHT], d[OUT_BIAS]};
+    EinsumActivationGradients da = {w[0], w[1], w[2], w[3], w[4], w[5]};
+    einsum_attention_backward(t->dx, &dp, &da, t->dout, &a, t->x, &p, einsum_with, s);
+}
+
+static void backward_einsum(const Tensors *t, const AttentionShape *s)
+{
+    backward_with(einsum, t, s);
+}
+
+static void backward_einsum_loops(const Tensors *t, const AttentionShape *s)
+{
+    backward_with(einsum_loops, t, s);
 }
 
 /* Head h's columns of a matrix (C,C_out) that multiplies from the right. */
@@ -74,7 +114,9 @@ static const Kernel kernels[] = {
      .what = "implementation 4: every product an einsum, run as matrix products",
      .takes = TAKES_X,
      .forward = forward_einsum,
+     .backward = backward_einsum,
      .workspace = workspace,
+     .backward_workspace = backward_workspace,
      .weights = WEIGHTS_PER_HEAD,
      .dropout = DROPOUT_STREAM,
      .own_mask = OWN_MASK_CAUSAL,
@@ -84,7 +126,9 @@ static const Kernel kernels[] = {
      .what = "the same, run as plain loops",
      .takes = TAKES_X,
      .forward = forward_einsum_loops,
+     .backward = backward_einsum_loops,
      .workspace = workspace,
+     .backward_workspace = backward_workspace,
      .weights = WEIGHTS_PER_HEAD,
      .dropout = DROPOUT_STREAM,
      .own_mask = OWN_MASK_CAUSAL,

@@ -209,15 +209,18 @@ Test(einsum, recognises_matrix_products)
         {"nd,dk->kn", "n3d4k5", "1 product of (5 x 4) (4 x 3)"}, /* the result transposed: b stands left */
         {"bhnd,hdo->bno", "b2h3n4d5o6",
          "6 products of (4 x 5) (5 x 6)"},                           /* h does not join d: 2 x 3 products */
-        {"nd,d->n", "n3d4", "1 product of (3 x 4) (4 x 1)"},         /* matrix times vector */
-        {"bii,bij->bj", "b2i3j4", "2 products of (1 x 3) (3 x 4)"},  /* a diagonal is one stride */
-        {"bnd,do->bno", "b1n1d4o5", "1 product of (1 x 4) (4 x 5)"}, /* one token */
-        {"i,j->ij", "i2j3", "plain loops"},                          /* outer: nothing is summed */
-        {"ij,ij->ij", "i2j3", "plain loops"},                        /* elementwise */
-        {"ii,ij->ij", "i2j3", "plain loops"},                        /* a diagonal, nothing summed */
-        {"i,i->", "i3", "plain loops"},                              /* a dot product */
-        {"ij,jk->k", "i2j3k4", "plain loops"},                       /* i is summed in one operand alone */
-        {"ij,kl->il", "i2j3k4l5", "plain loops"},                    /* j and k likewise */
+        {"bno,bnd->do", "b2n3d4o5", "1 product of (4 x 6) (6 x 5)"}, /* dW: one sum over all rows */
+        {"bnp,bno->po", "b2n3o4p5", "1 product of (5 x 6) (6 x 4)"},
+        {"bhnm,bhnd->bhmd", "b2h3n4m5d6", "6 products of (5 x 4) (4 x 6)"}, /* dK */
+        {"nd,d->n", "n3d4", "1 product of (3 x 4) (4 x 1)"},                /* matrix times vector */
+        {"bii,bij->bj", "b2i3j4", "2 products of (1 x 3) (3 x 4)"},         /* a diagonal is one stride */
+        {"bnd,do->bno", "b1n1d4o5", "1 product of (1 x 4) (4 x 5)"},        /* one token */
+        {"i,j->ij", "i2j3", "plain loops"},                                 /* outer: nothing is summed */
+        {"ij,ij->ij", "i2j3", "plain loops"},                               /* elementwise */
+        {"ii,ij->ij", "i2j3", "plain loops"},                               /* a diagonal, nothing summed */
+        {"i,i->", "i3", "plain loops"},                                     /* a dot product */
+        {"ij,jk->k", "i2j3k4", "plain loops"},    /* i is summed in one operand alone */
+        {"ij,kl->il", "i2j3k4l5", "plain loops"}, /* j and k likewise */
         {"ij,ik->i", "i2j3k4", "plain loops"},
         {",->", "", "plain loops"},
     };
@@ -383,6 +386,179 @@ Test(einsum, operands_that_do_not_fit_are_refused_with_the_place)
     w.size[0] = 1; /* PyTorch would broadcast it */
     cr_expect_str_eq(einsum_plan(&plan, "bnd,do->bno", &out, &x, &w),
                      "einsum \"bnd,[d]o->bno\": letter 'd' is 1 long here and 4 before");
+}
+
+/* ---- Gradients ---- */
+
+Test(einsum_gradient, writes_the_specification)
+{
+    static const struct {
+        const char *specification, *for_a, *for_b;
+    } cases[] = {
+        {"bnd,do->bno", "bno,do->bnd", "bno,bnd->do"},
+        {"bhnd,bhmd->bhnm", "bhnm,bhmd->bhnd", "bhnm,bhnd->bhmd"},
+        {"bhnm,bhmd->bhnd", "bhnd,bhmd->bhnm", "bhnd,bhnm->bhmd"},
+        {"bno,po->bnp", "bnp,po->bno", "bnp,bno->po"},
+        {"i,j->ij", "ij,j->i", "ij,i->j"},
+        {"i,i->", ",i->i", ",i->i"},
+        {",->", ",->", ",->"},
+        {"abcdefgh,abcdefgh->abcdefgh", "abcdefgh,abcdefgh->abcdefgh", "abcdefgh,abcdefgh->abcdefgh"},
+        {"ii,ij->ij", NULL, "ij,ii->ij"},
+        {"ij,jk->k", NULL, "k,ij->jk"},
+        {"ij,jkl->il", "il,jkl->ij", NULL},
+        {"ik,jj->ijk", "ijk,jj->ik", NULL},
+    };
+    char text[EINSUM_TEXT];
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        for (int x = EINSUM_A; x <= EINSUM_B; x++) {
+            const char *expected = x == EINSUM_A ? cases[i].for_a : cases[i].for_b;
+            const char *error = einsum_gradient(text, cases[i].specification, x);
+            cr_expect_eq(!error, expected != NULL, "%s: %s", cases[i].specification, error ? error : text);
+            if (!error && expected)
+                cr_expect_str_eq(text, expected, "%s: %s", cases[i].specification, text);
+        }
+    cr_expect_str_eq(einsum_gradient(text, "ii,ij->ij", EINSUM_A),
+                     "einsum \"ij,ij->i[i]\": letter 'i' comes twice in the result");
+    cr_expect_str_eq(einsum_gradient(text, "ij,jk->k", EINSUM_A),
+                     "einsum \"k,jk->[i]j\": letter 'i' of the result is in neither operand");
+    cr_expect_str_eq(einsum_gradient(text, "ij,jk", EINSUM_A),
+                     "einsum \"ij,jk[]\": \"->\" and the result's letters are missing here");
+}
+
+/* The loss sum(d_out * out), straight from the letters. It is linear in each number of an operand, so that a
+ * difference is the gradient however large the step; and with small whole numbers all of it is exact. */
+static double loss(const EinsumWords *w, const char *letters, size_t index[128], const View *d_out,
+                   const View *a, const View *b)
+{
+    if (!*letters)
+        return (double)d_out->data[place(d_out, w->out, index)] * a->data[place(a, w->a, index)] *
+               b->data[place(b, w->b, index)];
+    double sum = 0;
+    for (size_t i = 0; i < size_of_letter[(int)*letters]; i++) {
+        index[(int)*letters] = i;
+        sum += loss(w, letters + 1, index, d_out, a, b);
+    }
+    return sum;
+}
+
+/* Adds 1 to every number of x in turn and sees what becomes of the loss: what d, laid out as x, should hold.
+ */
+static void expect_differences(const char *specification, const float *d, float *x, size_t floats,
+                               const EinsumWords *w, const char *letters, const View *d_out, const View *a,
+                               const View *b)
+{
+    size_t index[128] = {0};
+    double before = loss(w, letters, index, d_out, a, b);
+    for (size_t i = 0; i < floats; i++) {
+        x[i] += 1;
+        double difference = loss(w, letters, index, d_out, a, b) - before;
+        x[i] -= 1;
+        cr_assert(d[i] == difference, "%s: [%zu] is %g, not %g", specification, i, (double)d[i], difference);
+    }
+}
+
+/* True if both operands have a gradient that is an einsum; it is then held against differences. */
+static bool gradients_hold(const char *specification)
+{
+    EinsumWords w;
+    cr_assert_null(einsum_parse(&w, specification));
+    char letters[EINSUM_MAX_LETTERS + 1] = "", *end = letters, text[EINSUM_TEXT], again[EINSUM_TEXT];
+    bool takes[3] = {false, true, true};
+    for (int x = EINSUM_A; x <= EINSUM_B; x++)
+        for (const char *c = x == EINSUM_A ? w.a : w.b; *c; c++) {
+            takes[x] = takes[x] && !strchr(c + 1, *c) &&
+                       (strchr(w.out, *c) || strchr(x == EINSUM_A ? w.b : w.a, *c));
+            if (!strchr(letters, *c))
+                *end++ = *c, *end = '\0';
+        }
+    for (int x = EINSUM_A; x <= EINSUM_B; x++)
+        cr_assert_eq(einsum_gradient(text, specification, x) == NULL, takes[x], "%s, operand %d: %s",
+                     specification, x, text);
+    if (takes[EINSUM_A]) { /* the gradient's gradient is the einsum that one began with */
+        cr_assert_null(einsum_gradient(text, specification, EINSUM_A));
+        cr_assert_null(einsum_gradient(again, text, EINSUM_A));
+        cr_assert_str_eq(again, specification);
+    }
+    if (!takes[EINSUM_A] || !takes[EINSUM_B])
+        return false;
+
+    size_t floats_a, floats_b, floats_out, floats;
+    View a = random_view(w.a, false, false, &floats_a), d_a = random_view(w.a, false, false, &floats);
+    View b = random_view(w.b, false, false, &floats_b), d_b = random_view(w.b, false, false, &floats);
+    View d_out = random_view(w.out, false, false, &floats_out);
+    for (size_t i = 0; i < floats_a; i++)
+        a.data[i] = (float)(random_below(7) - 3);
+    for (size_t i = 0; i < floats_b; i++)
+        b.data[i] = (float)(random_below(7) - 3);
+    for (size_t i = 0; i < floats_out; i++)
+        d_out.data[i] = (float)(random_below(7) - 3);
+    for (int way = 0; way < 2; way++) {
+        for (size_t i = 0; i < floats_a; i++)
+            d_a.data[i] = NAN;
+        for (size_t i = 0; i < floats_b; i++)
+            d_b.data[i] = NAN;
+        einsum_backward(way ? einsum : einsum_loops, specification, d_a, d_b, d_out, a, b);
+        expect_differences(specification, d_a.data, a.data, floats_a, &w, letters, &d_out, &a, &b);
+        expect_differences(specification, d_b.data, b.data, floats_b, &w, letters, &d_out, &a, &b);
+    }
+    free(a.data), free(b.data), free(d_a.data), free(d_b.data), free(d_out.data);
+    return true;
+}
+
+Test(einsum_gradient, equals_brute_force_differences)
+{
+    static const char *const of_attention[] = {"bnd,do->bno", "bhnd,bhmd->bhnm", "bhnm,bhmd->bhnd",
+                                               "bno,po->bnp", "bhnd,hdo->bno",   "bnhd,bmhd->bhnm"};
+    for (int c = 0; c < 128; c++)
+        size_of_letter[c] = 2 + c % 3;
+    for (size_t i = 0; i < sizeof of_attention / sizeof *of_attention; i++)
+        cr_expect(gradients_hold(of_attention[i]));
+
+    int held = 0, wanted = 1000;
+    for (int i = 0; i < wanted; i++) {
+        char text[64];
+        EinsumWords words;
+        do
+            random_specification(text);
+        while (einsum_parse(&words, text));
+        for (int c = 0; c < 128; c++)
+            size_of_letter[c] = 1 + random_below(3);
+        held += gradients_hold(text);
+    }
+    cr_expect(held > wanted / 2 && held < wanted, "%d of %d had two gradients", held, wanted);
+}
+
+/* What is refused can be had through views. A diagonal is a view with one letter; a letter that is summed in
+ * one operand alone may be given to the other, where it moves by 0. */
+Test(einsum_gradient, of_a_diagonal_and_of_a_lone_letter_through_views)
+{
+    enum { N = 3, M = 2 };
+    float m[N * N] = {1, 2, 3, 4, 5, 6, 7, 8, 9}, b[N * M] = {1, 2, 3, 4, 5, 6},
+                d_out[N * M] = {1, 1, 2, 0, 0, 3};
+    float d_m[N * N] = {0}, d_b[N * M];
+    View diagonal = view(m, N), d_diagonal = view(d_m, N);
+    diagonal.stride[0] = d_diagonal.stride[0] = N + 1;
+    einsum_backward(einsum, "i,ij->ij", d_diagonal, view(d_b, N, M), view(d_out, N, M), diagonal,
+                    view(b, N, M));
+    static const float expected[N * N] = {1 + 2, 0, 0, 0, 2 * 3, 0, 0, 0, 3 * 6};
+    for (int i = 0; i < N * N; i++)
+        cr_expect_eq(d_m[i], expected[i], "[%d] is %g", i, (double)d_m[i]);
+
+    /* out[k] = sum over i and j of a[i,j] b[j,k]: d_a[i,j] = sum over k of d_out[k] b[j,k] for every i */
+    float d_a[N * N], d_row[M] = {10, 1};
+    View stretched = view(b, N, N, M);
+    stretched.stride[0] = 0;
+    einsum("k,ijk->ij", view(d_a, N, N), view(d_row, M), stretched);
+    for (int i = 0; i < N; i++)
+        for (int j = 0; j < N; j++)
+            cr_expect_eq(d_a[i * N + j], 10 * b[j * M] + b[j * M + 1]);
+}
+
+Test(einsum_gradient, one_that_is_no_specification_ends_the_program_with_2, .exit_code = 2)
+{
+    float data[64] = {0};
+    View square = view(data, 2, 2);
+    einsum_backward(einsum, "ii,ij->ij", square, square, square, square, square);
 }
 
 Test(einsum, a_bad_specification_ends_the_program_with_2, .exit_code = 2)

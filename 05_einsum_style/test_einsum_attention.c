@@ -44,9 +44,14 @@ static void close_kernel(Run *run)
     free(run);
 }
 
-static void expect_reference(int which, const char *words, const char *path)
+/* Forward and backward against a file; the loss is sum(out), or sum(out^2) / 2, whose gradient is out itself.
+ */
+static void expect_reference(int which, const char *words, const char *path, bool dout_is_out)
 {
     Run *run = run_kernel(which, words);
+    if (dout_is_out)
+        run->t.dout = run->t.out;
+    backward_run(run);
     Kernel named_einsum =
         *run->kernel; /* the file's rows are named for kernel 0; kernel 1 computes the same */
     named_einsum.name = "einsum";
@@ -60,24 +65,25 @@ Test(einsum_attention, holds_every_value_of_the_notebook)
 {
     if (getenv("SMALL"))
         return;
-    expect_reference(0, "--batch 8 --tokens 1024 --embed 768 --heads 12",
-                     "05_einsum_style/reference/notebook_modules.tsv");
+    expect_reference(0, "--batch 8 --tokens 1024 --embed 768 --heads 12 --pass both",
+                     "05_einsum_style/reference/notebook_modules.tsv", false);
 }
 
 /* Where d_in = d_out, a W that is read the wrong way round still fits; here it does not. PyTorch's values,
- * both kernels. */
+ * both kernels, gradients included. */
 Test(einsum_attention, holds_pytorchs_values_where_d_in_is_not_d_out)
 {
     for (int which = 0; which < 2; which++)
-        expect_reference(which, "--batch 2 --tokens 5 --embed 7 --embed-out 12 --heads 3",
-                         "05_einsum_style/reference/wide.tsv");
+        expect_reference(which, "--batch 2 --tokens 5 --embed 7 --embed-out 12 --heads 3 --pass both",
+                         "05_einsum_style/reference/wide.tsv", true);
 }
 
 Test(einsum_attention, draws_dropout_as_pytorch_does)
 {
     for (int which = 0; which < 2; which++)
-        expect_reference(which, "--batch 2 --tokens 5 --embed 7 --embed-out 12 --heads 3 --dropout 0.5",
-                         "05_einsum_style/reference/dropout.tsv");
+        expect_reference(which,
+                         "--batch 2 --tokens 5 --embed 7 --embed-out 12 --heads 3 --dropout 0.5 --pass both",
+                         "05_einsum_style/reference/dropout.tsv", true);
 }
 
 /* Inputs first, and the bound is that of C_out: kaiming_uniform takes the second size for the number of
@@ -123,7 +129,8 @@ Test(einsum_attention, one_token_attends_to_itself)
 {
     enum { B = 3, C = 5, C_OUT = 6 };
     for (int which = 0; which < 2; which++) {
-        Run *run = run_kernel(which, "--batch 3 --tokens 1 --embed 5 --embed-out 6 --heads 2");
+        Run *run = run_kernel(
+            which, "--batch 3 --tokens 1 --embed 5 --embed-out 6 --heads 2 --pass both --dout randn");
         const float *out_weight = run->t.parameter[0], *bias = run->t.parameter[1],
                     *W_value = run->t.parameter[4];
         for (int b = 0; b < B; b++)
@@ -138,6 +145,10 @@ Test(einsum_attention, one_token_attends_to_itself)
                 cr_expect(fabs(run->t.out[b * C_OUT + o] - expected) <= 1e-6, "out[%d,0,%d] is %g, not %g", b,
                           o, (double)run->t.out[b * C_OUT + o], expected);
             }
+        backward_run(run); /* a weight that is always 1 moves with nothing */
+        for (int i = 0; i < C * C_OUT; i++)
+            cr_expect(run->t.d_parameter[2][i] == 0 && run->t.d_parameter[3][i] == 0, "kernel %d: [%d]",
+                      which, i);
         close_kernel(run);
     }
 }
@@ -187,35 +198,110 @@ Test(einsum_attention, a_later_nan_reaches_earlier_tokens)
 {
     enum { B = 2, T = 5, C = 6 };
     for (int which = 0; which < 2; which++) {
-        Run *run = open_kernel(which, "--batch 2 --tokens 5 --embed 6 --heads 2");
+        Run *run = open_kernel(which, "--batch 2 --tokens 5 --embed 6 --heads 2 --pass both");
         float x[B * T * C];
         memcpy(x, run->t.x, sizeof x);
         x[(T - 1) * C] = NAN; /* the last token of the first batch entry */
         run->t.x = x;
         forward_run(run);
-        for (int i = 0; i < B * T * C; i++)
+        backward_run(run);
+        for (int i = 0; i < B * T * C; i++) {
             cr_expect_eq(isnan(run->t.out[i]) != 0, i < T * C, "kernel %d, number %d is %g", which, i,
                          (double)run->t.out[i]);
+            cr_expect_eq(isnan(run->t.dx[i]) != 0, i < T * C, "kernel %d, number %d of dx is %g", which, i,
+                         (double)run->t.dx[i]);
+        }
+        close_kernel(run);
+    }
+}
+
+/* Adding one number to all scores of a row changes no weight, so the scores' gradients cancel; with dropout
+ * too, where a weight that was dropped still has one. Above the diagonal they are 0. */
+Test(einsum_attention, gradients_of_a_rows_scores_cancel)
+{
+    enum { T = 40 };
+    static const char *const dropouts[] = {"--dropout 0", "--dropout 0.4"};
+    for (int i = 0; i < 2; i++) {
+        char words[100];
+        snprintf(words, sizeof words,
+                 "--batch 2 --tokens 40 --embed 12 --heads 3 --pass both --dout randn %s", dropouts[i]);
+        Run *run = run_kernel(0, words);
+        backward_run(run);
+        int dropped = 0, with_gradient = 0;
+        for (size_t row = 0; row < lse_count(&run->problem.shape); row++) {
+            const float *d_scores = run->t.backward_workspace[4] + row * T;
+            const float *weights = run->t.weights + row * T;
+            int t = (int)(row % T);
+            double sum = 0, size = 0;
+            for (int t2 = 0; t2 < T; t2++) {
+                sum += d_scores[t2];
+                size += fabs((double)d_scores[t2]);
+                cr_expect(t2 <= t || d_scores[t2] == 0);
+                dropped += t2 <= t && weights[t2] == 0;
+                with_gradient += t2 <= t && weights[t2] == 0 && d_scores[t2] != 0;
+            }
+            cr_expect(fabs(sum) <= 1e-5 * size + 1e-7, "row %zu sums to %g of %g", row, sum, size);
+        }
+        cr_expect(i == 0 ? dropped == 0 : dropped > 1500 && with_gradient > 0.95 * dropped,
+                  "%d weights were dropped, %d of them have a gradient", dropped, with_gradient);
+        close_kernel(run);
+    }
+}
+
+/* Beyond inputs, outputs and gradients: q, k, v, context and the weights, a gradient of each, and a part of
+ * dx; with dropout the softmax before it. */
+Test(einsum_attention, keeps_what_it_says)
+{
+    static const struct {
+        const char *words;
+        size_t floats;
+    } cases[] = {{"", 4 * 2 * 5 * 12 + 2 * 3 * 5 * 5},
+                 {"--dropout 0.5", 4 * 2 * 5 * 12 + 2 * 2 * 3 * 5 * 5},
+                 {"--pass both", 8 * 2 * 5 * 12 + 2 * 2 * 3 * 5 * 5 + 2 * 5 * 7},
+                 {"--pass both --dropout 0.5", 8 * 2 * 5 * 12 + 3 * 2 * 3 * 5 * 5 + 2 * 5 * 7}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char words[120];
+        snprintf(words, sizeof words, "--batch 2 --tokens 5 --embed 7 --embed-out 12 --heads 3 %s",
+                 cases[i].words);
+        Run *run = open_kernel(0, words);
+        cr_expect_eq(run->extra_bytes, 4 * cases[i].floats, "%s: %zu bytes", words, run->extra_bytes);
         close_kernel(run);
     }
 }
 
 #ifdef _OPENMP
+/* How many numbers of out (which -2), dx (-1) or the gradient of a parameter; *data: they. */
+static size_t result(const Run *run, int which, const float **data)
+{
+    const AttentionShape *s = &run->problem.shape;
+    *data = which == -2 ? run->t.out : which == -1 ? run->t.dx : run->t.d_parameter[which];
+    if (which < 0)
+        return (size_t)s->batch * s->tokens * (which == -2 ? s->embed_out : s->embed);
+    return run->parameters.list[which].size[0] * run->parameters.list[which].size[1];
+}
+
 Test(einsum_attention, the_same_bits_for_any_number_of_threads)
 {
-    for (int which = 0; which < 2; which++) {
-        Run *run = open_kernel(which, "--batch 2 --tokens 210 --embed 48 --embed-out 36 --heads 3");
-        size_t count = (size_t)2 * 210 * 36;
-        float *first = allocate_floats(count);
+    for (int kernel = 0; kernel < 2; kernel++) {
+        Run *run =
+            open_kernel(kernel, "--batch 2 --tokens 210 --embed 48 --embed-out 36 --heads 3 --pass both "
+                                "--dout randn");
+        float *first[7] = {0};
         for (int threads = 1; threads <= 4; threads++) {
             omp_set_num_threads(threads);
             forward_run(run);
-            if (threads == 1)
-                memcpy(first, run->t.out, count * sizeof *first);
-            cr_expect(memcmp(first, run->t.out, count * sizeof *first) == 0, "kernel %d, %d threads", which,
-                      threads);
+            backward_run(run);
+            for (int which = -2; which < 5; which++) {
+                const float *data;
+                size_t count = result(run, which, &data);
+                if (threads == 1)
+                    memcpy(first[which + 2] = allocate_floats(count), data, count * sizeof *data);
+                cr_expect(memcmp(first[which + 2], data, count * sizeof *data) == 0,
+                          "kernel %d, %d threads, tensor %d", kernel, threads, which);
+            }
         }
-        free(first);
+        for (int i = 0; i < 7; i++)
+            free(first[i]);
         close_kernel(run);
     }
 }

@@ -43,15 +43,18 @@ def row(name, tensor, step):
 
 for dropout, name in (0.0, "wide.tsv"), (0.5, "dropout.tsv"):
     torch.manual_seed(123)
-    x = torch.randn(2, 5, D_IN)
+    x = torch.randn(2, 5, D_IN, requires_grad=True)
     module = EinsumAttention(dropout)
     out = module(x)
+    (out.square().sum() / 2).backward()
     with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), "w") as file:
         file.write(f"# torch.manual_seed(123); x = randn(2,5,{D_IN}); the notebook's einsum module, d_in {D_IN}, d_out {D_OUT}, "
                    f"{HEADS} heads, dropout {dropout:g}; out = module(x).\n"
+                   "# grad_ rows: (out.square().sum() / 2).backward(), so that the gradient of out is out itself.\n"
                    f"# PyTorch {torch.__version__} on a CPU, float32. Written by wide.py.\n"
                    "implementation\tkernel\ttensor\tshape\tl2\tindex=value ...\n")
-        file.write(row("x", x, 13) + row("out", out, 3))
-        for parameter in "W_query", "W_key", "W_value":
-            file.write(row(parameter, getattr(module, parameter), 13))
-        file.write(row("out_proj.weight", module.out_proj.weight, 17) + row("out_proj.bias", module.out_proj.bias, 5))
+        file.write(row("x", x, 13) + row("grad_x", x.grad, 13) + row("out", out, 3))
+        for name in "W_query", "W_key", "W_value", "out_proj.weight", "out_proj.bias":
+            parameter = module.get_parameter(name)
+            step = {"out_proj.weight": 17, "out_proj.bias": 5}.get(name, 13)
+            file.write(row(name, parameter, step) + row("grad_" + name, parameter.grad, step))
