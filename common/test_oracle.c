@@ -41,7 +41,6 @@ out = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).re
 show("module_out", F.linear(F.linear(out, wo, bo), wo2))
 scores = (q @ k.mT / 2).masked_fill(torch.ones(3, 3).triu(1).bool(), -torch.inf)
 show("module_weights", scores.softmax(-1).mean(1))
-
  */
 static const double causal[] = {-0.873297274, -0.061890252, 0.806418419, 0.933309674, -0.152625645,
     -0.499491227, -0.387126870, 0.081160142, 0.363752591, 0.557057984, 0.238206829, -0.299650591,

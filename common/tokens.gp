@@ -16,7 +16,8 @@ set xtics (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 set format y "%g"
 # The rows of one kernel, sorted as they were measured.
 rows(kernel) = sprintf("< awk -F '\\t' -v OFS='\\t' -v kernel='%s' 'NR == 1 { for (i = 1; i <= NF; i++) at[$i] = i; next } $at[\"kernel\"] == kernel { print $at[\"tokens\"], $at[\"ms_median\"], kernel }' '%s'", kernel, data)
-last(kernel) = rows(kernel) . " | tail -n 1"
+# Where each name goes: at its curve's end, moved up where it would lie on another.
+names = sprintf("< awk -F '\\t' -v OFS='\\t' -v kernels='%s' 'NR == 1 { for (i = 1; i <= NF; i++) at[$i] = i; next } { x[$at[\"kernel\"]] = $at[\"tokens\"]; y[$at[\"kernel\"]] = $at[\"ms_median\"] } END { n = split(kernels, k, \" \"); for (i = 1; i <= n; i++) print x[k[i]], y[k[i]], k[i], i }' '%s' | sort -k 2,2g | awk -F '\\t' -v OFS='\\t' '{ if ($2 < 1.4 * last) $2 = 1.4 * last; last = $2; print }'", kernels, data)
 do for [ending in "svg png"] {
     if (ending eq "svg") {
         set terminal svg size 860,540 font "DejaVu Sans,13" background rgb "white" noenhanced
@@ -25,5 +26,5 @@ do for [ending in "svg png"] {
     }
     set output output . "." . ending
     plot for [i=1:words(kernels)] rows(word(kernels, i)) using 1:2 with linespoints lw 2 pt 7 ps 0.6 lc rgb colour[i], \
-         for [i=1:words(kernels)] last(word(kernels, i)) using 1:2:3 with labels left offset 1,0 textcolor rgb colour[i]
+         for [i=1:words(kernels)] names using ($4 == i ? $1 : NaN):2:3 with labels left offset 1,0 textcolor rgb colour[i]
 }
