@@ -24,13 +24,66 @@ static void forward_v2(const Tensors *t, const AttentionShape *s)
 
 static void forward_sdpa(const Tensors *t, const AttentionShape *s)
 {
-    attention_sdpa(t->out, t->lse, t->weights, t->q, t->k, t->v, s);
+    attention_sdpa(t->out, t->lse, t->weights, t->workspace[0], t->q, t->k, t->v, s);
 }
+
+static void backward_dot_product(const Tensors *t, const AttentionShape *s)
+{
+    attention_dot_product_backward(t->dx, t->backward_workspace[0], t->dout, t->weights, t->x, s);
+}
+
+static void backward_v1(const Tensors *t, const AttentionShape *s)
+{
+    float *const *work = t->backward_workspace;
+    self_attention_v1_backward(t->dx, t->d_parameter[0], t->d_parameter[1], t->d_parameter[2], work[0],
+                               work[1], work[2], work[3], t->dout, t->weights, t->workspace[0],
+                               t->workspace[1], t->workspace[2], t->x, t->parameter[0], t->parameter[1],
+                               t->parameter[2], s);
+}
+
+static void backward_v2(const Tensors *t, const AttentionShape *s)
+{
+    float *const *work = t->backward_workspace;
+    self_attention_v2_backward(t->dx, t->d_parameter[0], t->d_parameter[1], t->d_parameter[2], work[0],
+                               work[1], work[2], work[3], t->dout, t->weights, t->workspace[0],
+                               t->workspace[1], t->workspace[2], t->x, t->parameter[0], t->parameter[1],
+                               t->parameter[2], s);
+}
+
+static void backward_sdpa(const Tensors *t, const AttentionShape *s)
+{
+    attention_sdpa_backward(t->dq, t->dk, t->dv, t->dbias, t->backward_workspace[0], t->dout, t->weights,
+                            t->workspace[0], t->q, t->k, t->v, s);
+}
+
+/* ---- Their memory. ---- */
 
 static int queries_keys_values(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
     floats[0] = floats[1] = floats[2] = (size_t)s->batch * s->tokens * s->embed_out;
     return 3;
+}
+
+static int their_gradients_and_the_scores(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    queries_keys_values(s, floats);
+    floats[3] = weights_count(s);
+    return 4;
+}
+
+static int gradient_of_the_scores(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = weights_count(s);
+    return 1;
+}
+
+/* The weights before dropout; where there is none they are the weights themselves. */
+static int softmax_before_dropout(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    if (s->dropout == 0)
+        return 0;
+    floats[0] = weights_count(s);
+    return 1;
 }
 
 static const char *needs_one_head(const AttentionShape *s)
@@ -97,6 +150,8 @@ static const Kernel kernels[] = {
      .what = "attention without weights to learn, as plain loops",
      .takes = TAKES_X,
      .forward = forward_dot_product,
+     .backward = backward_dot_product,
+     .backward_workspace = gradient_of_the_scores,
      .weights = WEIGHTS_PER_HEAD,
      .defaults = &sentence_alone,
      .refuses = needs_one_head_as_wide_as_x,
@@ -106,6 +161,8 @@ static const Kernel kernels[] = {
      .what = "SelfAttention_v1: x @ W for queries, keys and values",
      .takes = TAKES_X,
      .forward = forward_v1,
+     .backward = backward_v1,
+     .backward_workspace = their_gradients_and_the_scores,
      .workspace = queries_keys_values,
      .weights = WEIGHTS_PER_HEAD,
      .defaults = &sentence_to_two,
@@ -116,6 +173,8 @@ static const Kernel kernels[] = {
      .what = "SelfAttention_v2: nn.Linear, x @ W^T",
      .takes = TAKES_X,
      .forward = forward_v2,
+     .backward = backward_v2,
+     .backward_workspace = their_gradients_and_the_scores,
      .workspace = queries_keys_values,
      .weights = WEIGHTS_PER_HEAD,
      .defaults = &sentence_to_two,
@@ -126,6 +185,9 @@ static const Kernel kernels[] = {
      .what = "scaled dot-product attention: product, softmax, product",
      .takes = TAKES_QKV,
      .forward = forward_sdpa,
+     .backward = backward_sdpa,
+     .workspace = softmax_before_dropout,
+     .backward_workspace = gradient_of_the_scores,
      .weights = WEIGHTS_PER_HEAD,
      .dropout = DROPOUT_STREAM,
      .defaults = &sdpa_notebook},

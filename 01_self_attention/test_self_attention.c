@@ -5,6 +5,7 @@
 
 #include <criterion/criterion.h>
 #include <math.h>
+#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -120,7 +121,7 @@ static void sdpa_of_seed_42(StreamKind kind)
     draw_randn(&stream, queries, 48);
     draw_randn(&stream, keys, 48);
     draw_randn(&stream, values, 48);
-    attention_sdpa(out, NULL, weights, queries, keys, values, &s);
+    attention_sdpa(out, NULL, weights, NULL, queries, keys, values, &s);
 }
 
 Test(published, sdpa_seed_42_on_a_gpu)
@@ -186,7 +187,7 @@ Test(trap, unscaled_scores_of_wide_vectors_saturate)
     double mean[2] = {0, 0};
     for (int scaled = 0; scaled < 2; scaled++) {
         s.scale = scaled ? 1 / sqrtf(HS) : 1;
-        attention_sdpa(out, NULL, weights, queries, keys, values, &s);
+        attention_sdpa(out, NULL, weights, NULL, queries, keys, values, &s);
         for (int t = 0; t < T; t++) {
             float largest = 0;
             for (int t2 = 0; t2 < T; t2++)
@@ -316,4 +317,350 @@ Test(shapes, dot_product_is_v1_with_identities)
     for (int n = 0; n < B * T * C; n++)
         cr_expect(fabsf(out[n] - out2[n]) <= 1e-5f, "element %d: %g and %g", n, (double)out[n],
                   (double)out2[n]);
+}
+
+/* ---- Gradients ---- */
+
+static float dout[ROOM], dx[ROOM], dw[3][ROOM], dqueries[ROOM], dkeys[ROOM], dvalues[ROOM], dscores[ROOM],
+    softmax[ROOM], bias[ROOM], dbias[ROOM];
+static AttentionShape shape; /* of the functions below */
+static RandomStream dropout_stream;
+
+static void forward_dot_product(void)
+{
+    attention_dot_product(out, weights, x, &shape);
+}
+
+static void forward_v1(void)
+{
+    self_attention_v1(out, weights, queries, keys, values, x, w[0], w[1], w[2], &shape);
+}
+
+static void forward_v2(void)
+{
+    self_attention_v2(out, weights, queries, keys, values, x, w[0], w[1], w[2], &shape);
+}
+
+/* With the same dropout each time. */
+static void forward_sdpa(void)
+{
+    seed_stream(&dropout_stream, STREAM_CPU, 9);
+    attention_sdpa(out, NULL, weights, softmax, queries, keys, values, &shape);
+}
+
+static void backward_v1(void)
+{
+    memset(dx, 0xff, sizeof dx); /* NaN */
+    self_attention_v1_backward(dx, dw[0], dw[1], dw[2], dqueries, dkeys, dvalues, dscores, dout, weights,
+                               queries, keys, values, x, w[0], w[1], w[2], &shape);
+}
+
+static void backward_v2(void)
+{
+    memset(dx, 0xff, sizeof dx); /* NaN */
+    self_attention_v2_backward(dx, dw[0], dw[1], dw[2], dqueries, dkeys, dvalues, dscores, dout, weights,
+                               queries, keys, values, x, w[0], w[1], w[2], &shape);
+}
+
+static void backward_sdpa(void)
+{
+    attention_sdpa_backward(dqueries, dkeys, dvalues, shape.bias ? dbias : NULL, dscores, dout, weights,
+                            softmax, queries, keys, values, &shape);
+}
+
+/* The loss is the sum of dout * out. Its slope along each number of `tensor`, from four points beside it (an
+ * error of h^4), must be the gradient's. */
+static void expect_slope(const char *name, void (*forward)(void), int out_size, float *tensor,
+                         const float *gradient, int n)
+{
+    const float h = 0x1p-4f, steps[4] = {h, -h, 2 * h, -2 * h};
+    for (int i = 0; i < n; i++) {
+        float before = tensor[i];
+        double loss[4] = {0};
+        for (int j = 0; j < 4; j++) {
+            tensor[i] = before + steps[j];
+            forward();
+            for (int o = 0; o < out_size; o++)
+                loss[j] += (double)dout[o] * out[o];
+        }
+        tensor[i] = before;
+        double slope = (8 * (loss[0] - loss[1]) - (loss[2] - loss[3])) / (12 * h);
+        cr_expect(fabs(gradient[i] - slope) <= 2e-4, "%s, element %d: %g, by differences %g", name, i,
+                  (double)gradient[i], slope);
+    }
+}
+
+static void draw_module(int batch, int tokens, int embed, int embed_out)
+{
+    shape = one_head(batch, tokens, embed, embed_out);
+    draw(x, batch * tokens * embed, 1);
+    draw(dout, batch * tokens * embed_out, 2);
+    for (int i = 0; i < 3; i++) {
+        draw(w[i], embed * embed_out, 3 + i);
+        for (int n = 0; n < embed * embed_out; n++)
+            w[i][n] /= sqrtf((float)embed);
+    }
+}
+
+Test(gradient, of_dot_product_is_its_slope)
+{
+    draw_module(2, 7, 4, 4);
+    forward_dot_product();
+    attention_dot_product_backward(dx, dscores, dout, weights, x, &shape);
+    expect_slope("dx", forward_dot_product, 56, x, dx, 56);
+}
+
+Test(gradient, of_v1_is_its_slope)
+{
+    draw_module(2, 7, 5, 3);
+    forward_v1();
+    backward_v1();
+    expect_slope("dx", forward_v1, 42, x, dx, 70);
+    for (int i = 0; i < 3; i++)
+        expect_slope("dw", forward_v1, 42, w[i], dw[i], 15);
+}
+
+Test(gradient, of_v2_is_its_slope)
+{
+    draw_module(2, 7, 5, 3);
+    forward_v2();
+    backward_v2();
+    expect_slope("dx", forward_v2, 42, x, dx, 70);
+    for (int i = 0; i < 3; i++)
+        expect_slope("dw", forward_v2, 42, w[i], dw[i], 15);
+}
+
+/* q (2,3,4,5), k and v (2,3,6,5): causal, padded, dropped, with a bias that is shared along the axes of which
+ * `axes` has no bit (1: B, 2: NH, 4: T, 8: TK). */
+static void draw_sdpa(int axes)
+{
+    enum { B = 2, NH = 3, T = 4, TK = 6, HS = 5 };
+    static const int lengths[B] = {6, 3};
+    shape = (AttentionShape){.batch = B,
+                             .tokens = T,
+                             .key_tokens = TK,
+                             .heads = NH,
+                             .kv_heads = NH,
+                             .head_size = HS,
+                             .scale = 0.7f,
+                             .causal = true,
+                             .lengths = lengths,
+                             .bias = bias,
+                             .dropout = 0.3f,
+                             .dropout_stream = &dropout_stream};
+    const int size[4] = {B, NH, T, TK};
+    size_t stride = 1;
+    for (int axis = 3; axis >= 0; axis--)
+        if (axes & 1 << axis) {
+            shape.bias_stride[axis] = stride;
+            stride *= size[axis];
+        }
+    draw(queries, B * NH * T * HS, 1);
+    draw(keys, B * NH * TK * HS, 2);
+    draw(values, B * NH * TK * HS, 3);
+    draw(bias, B * NH * T * TK, 4);
+    draw(dout, B * NH * T * HS, 5);
+    memset(dbias, 0xff, sizeof dbias); /* NaN */
+}
+
+Test(gradient, of_sdpa_is_its_slope)
+{
+    draw_sdpa(15);
+    forward_sdpa();
+    backward_sdpa();
+    expect_slope("dq", forward_sdpa, 120, queries, dqueries, 120);
+    expect_slope("dk", forward_sdpa, 120, keys, dkeys, 180);
+    expect_slope("dv", forward_sdpa, 120, values, dvalues, 180);
+    expect_slope("dbias", forward_sdpa, 120, bias, dbias, 144);
+}
+
+Test(gradient, of_a_bias_is_summed_over_what_was_broadcast)
+{
+    const int size[4] = {2, 3, 4, 6};
+    for (int axes = 0; axes < 16; axes++) {
+        draw_sdpa(axes);
+        forward_sdpa();
+        backward_sdpa();
+        int elements = 1;
+        for (int axis = 0; axis < 4; axis++)
+            elements *= axes & 1 << axis ? size[axis] : 1;
+        expect_slope("dbias", forward_sdpa, 120, bias, dbias, elements);
+        cr_expect(isnan(dbias[elements]), "the bias has %d elements", elements);
+    }
+}
+
+static void read_sentence(void (*draw_parameter)(RandomStream *, float *, size_t), uint64_t seed,
+                          int embed_out)
+{
+    RandomStream stream;
+    seed_stream(&stream, STREAM_CPU, seed);
+    shape = one_head(1, 6, 3, embed_out);
+    memcpy(x, sentence, sizeof sentence);
+    for (int i = 0; i < 3; i++)
+        draw_parameter(&stream, w[i], 6);
+    for (int i = 0; i < 18; i++)
+        dout[i] = 1;
+}
+
+static void draw_linear(RandomStream *stream, float *weight, size_t n)
+{
+    draw_uniform(stream, weight, n, -linear_bound(3), linear_bound(3));
+}
+
+/* out.sum().backward() of PyTorch's autograd, on the sentence. */
+Test(gradient, of_dot_product_is_pytorchs)
+{
+    read_sentence(draw_rand, 123, 3);
+    shape.scale = 1;
+    forward_dot_product();
+    attention_dot_product_backward(dx, dscores, dout, weights, x, &shape);
+    expect_near(dx,
+                (double[]){.8878055, .9148115, .8881631, 1.5842100, 1.7166116, 1.6562229, 1.5519136,
+                           1.6776488, 1.6198046, .6628287, .6357628, .6449630, .5955805, .6293480, .6324276,
+                           .9019123, .8828865, .8809959},
+                18, 2e-6);
+}
+
+Test(gradient, of_v1_is_pytorchs)
+{
+    read_sentence(draw_rand, 123, 2);
+    forward_v1();
+    backward_v1();
+    expect_near(dw[0], (double[]){.0481464, .1384263, .0643002, .1845130, .0582205, .1670377}, 6, 2e-6);
+    expect_near(dw[1], (double[]){.0029485, .0111496, .0757113, .2607281, .0647352, .2223057}, 6, 2e-6);
+    expect_near(dw[2], (double[]){2.5389733, 2.5389733, 3.8045738, 3.8045738, 3.3912673, 3.3912673}, 6, 2e-6);
+}
+
+Test(gradient, of_v2_is_pytorchs)
+{
+    read_sentence(draw_linear, 789, 2);
+    forward_v2();
+    backward_v2();
+    expect_near(dw[0], (double[]){.0531672, .0713544, .0648202, .0741572, .0998542, .0909605}, 6, 2e-6);
+    expect_near(dw[1], (double[]){.1465164, -.1053103, -.1115718, -.0691991, .0497172, .0526351}, 6, 2e-6);
+    expect_near(dw[2], (double[]){2.6388035, 3.4082525, 3.2399576, 2.6388035, 3.4082525, 3.2399576}, 6, 2e-6);
+    expect_near(dx,
+                (double[]){.8901458, -.2536139, -.4721952, .7657863, -.2210064, -.3985861, .7711119,
+                           -.2259775, -.3928937, .7033707, -.1962095, -.3807412, .8494685, -.3110403,
+                           -.2790078, .6602101, -.1537978, -.4323201},
+                18, 2e-6);
+}
+
+/* x is query, key and value at once: what dot-product's loops find must be the sum of sdpa's three gradients.
+ */
+Test(trap, the_gradient_of_x_is_a_sum_of_three)
+{
+    enum { N = 3 * 20 * 6 };
+    draw_module(3, 20, 6, 6);
+    forward_dot_product();
+    attention_dot_product_backward(dx, dscores, dout, weights, x, &shape);
+    attention_sdpa(out, NULL, weights, NULL, x, x, x, &shape);
+    attention_sdpa_backward(dqueries, dkeys, dvalues, NULL, dscores, dout, weights, NULL, x, x, x, &shape);
+    for (int i = 0; i < N; i++) {
+        float sum = dqueries[i] + dkeys[i] + dvalues[i];
+        cr_expect(fabsf(dx[i] - sum) <= 1e-5f, "element %d: %g and %g", i, (double)dx[i], (double)sum);
+    }
+}
+
+/* Adding the same number to all scores of a row changes no weight, so a row's gradients sum to 0. */
+Test(trap, the_gradients_of_a_rows_scores_sum_to_zero)
+{
+    for (int length = 1; length < 100; length++) {
+        float row[100];
+        double sum = 0;
+        draw(x, length, 5);
+        draw(row, length, 6);
+        softmax_row(x, length);
+        softmax_row_backward(row, x, length);
+        for (int i = 0; i < length; i++)
+            sum += row[i];
+        cr_expect(fabs(sum) <= 1e-6, "length %d: sum %g", length, sum);
+    }
+}
+
+Test(trap, saturated_scores_learn_nothing)
+{
+    enum { T = 64, HS = 1024 };
+    double size[2] = {0, 0};
+    shape = one_head(1, T, 0, HS);
+    draw(queries, T * HS, 1);
+    draw(keys, T * HS, 2);
+    draw(values, T * HS, 3);
+    draw(dout, T * HS, 4);
+    for (int scaled = 0; scaled < 2; scaled++) {
+        shape.scale = scaled ? 1 / sqrtf(HS) : 1;
+        forward_sdpa();
+        backward_sdpa();
+        for (int i = 0; i < T * T; i++)
+            size[scaled] += fabs((double)dscores[i]) / T;
+    }
+    cr_expect(size[0] < 0.15 * size[1], "gradients of a row's scores: %g unscaled, %g scaled", size[0],
+              size[1]);
+}
+
+Test(gradient, of_a_row_with_nothing_allowed_is_zero)
+{
+    enum { B = 2, T = 5, TK = 3, HS = 4 };
+    static const int lengths[B] = {3, 0};
+    shape = (AttentionShape){.batch = B,
+                             .tokens = T,
+                             .key_tokens = TK,
+                             .heads = 1,
+                             .kv_heads = 1,
+                             .head_size = HS,
+                             .scale = 0.5f,
+                             .causal = true,
+                             .lengths = lengths};
+    draw(queries, B * T * HS, 1);
+    draw(keys, B * TK * HS, 2);
+    draw(values, B * TK * HS, 3);
+    draw(dout, B * T * HS, 4);
+    forward_sdpa();
+    backward_sdpa();
+    for (int i = 0; i < B * T * HS;
+         i++) /* the first two queries of five stand before the first key of three */
+        cr_expect((dqueries[i] != 0) == (i >= 3 * HS && i < T * HS), "dq element %d: %g", i,
+                  (double)dqueries[i]);
+    for (int i = 0; i < B * TK * HS; i++)
+        cr_expect((dvalues[i] != 0) == (i < TK * HS), "dv element %d: %g", i, (double)dvalues[i]);
+    for (int i = TK * HS; i < B * TK * HS; i++)
+        cr_expect(dkeys[i] == 0, "dk element %d: %g", i, (double)dkeys[i]);
+}
+
+Test(gradient, nan_is_not_hidden)
+{
+    draw_module(2, 9, 5, 3);
+    dout[4] = NAN; /* of the first entry's second token */
+    forward_v2();
+    backward_v2();
+    for (int i = 0; i < 90; i++)
+        cr_expect(isnan(dx[i]) == (i < 45), "dx element %d: %g", i, (double)dx[i]);
+    for (int i = 0; i < 15; i++)
+        cr_expect(isnan(dw[0][i]) && isnan(dw[1][i]), "element %d", i);
+}
+
+Test(gradient, has_the_same_bits_for_any_number_of_threads)
+{
+    enum { B = 1, T = 300, C = 40, C_OUT = 33 };
+    static float first_dx[B * T * C], first_dw[3][C * C_OUT], first_dbias[ROOM];
+    for (int threads = 1; threads <= 3; threads++) {
+        omp_set_num_threads(threads);
+        draw_module(B, T, C, C_OUT);
+        forward_v2();
+        backward_v2();
+        if (threads == 1) {
+            memcpy(first_dx, dx, sizeof first_dx);
+            for (int i = 0; i < 3; i++)
+                memcpy(first_dw[i], dw[i], sizeof first_dw[i]);
+        }
+        cr_expect(memcmp(first_dx, dx, sizeof first_dx) == 0, "dx with %d threads", threads);
+        for (int i = 0; i < 3; i++)
+            cr_expect(memcmp(first_dw[i], dw[i], sizeof first_dw[i]) == 0, "dw with %d threads", threads);
+        draw_sdpa(12);
+        forward_sdpa();
+        backward_sdpa();
+        if (threads == 1)
+            memcpy(first_dbias, dbias, sizeof dbias);
+        cr_expect(memcmp(first_dbias, dbias, 24 * sizeof *dbias) == 0, "dbias with %d threads", threads);
+    }
 }

@@ -6,6 +6,7 @@
 #include "vector_math.h"
 
 #include <math.h>
+#include <string.h>
 
 /* ---- A row at a time. ---- */
 
@@ -123,8 +124,9 @@ void attention_minus_inf(float *out, float *weights, float *queries, float *keys
 
 /* ---- The same, with dropout: the module of the notebook. ---- */
 
-void causal_attention(float *out, float *weights, float *queries, float *keys, float *values, const float *x,
-                      const float *w_query, const float *w_key, const float *w_value, const AttentionShape *s)
+void causal_attention(float *out, float *weights, float *softmax, float *queries, float *keys, float *values,
+                      const float *x, const float *w_query, const float *w_key, const float *w_value,
+                      const AttentionShape *s)
 {
     int T = s->tokens;
     project(queries, keys, values, x, w_query, w_key, w_value, s);
@@ -138,8 +140,92 @@ void causal_attention(float *out, float *weights, float *queries, float *keys, f
             softmax_row(weights_bt, T);
         }
 
-    if (s->dropout > 0)
+    if (s->dropout > 0) {
+        memcpy(softmax, weights, (size_t)s->batch * T * T * sizeof *weights);
         apply_dropout(s->dropout_stream, weights, (size_t)s->batch * T * T, s->dropout);
+    }
 
     mix(out, weights, values, s);
+}
+
+/* ---- Backward, a row at a time. ---- */
+
+void dropout_row_backward(float *row, const float *weights, int n, float p)
+{
+    float scale = 1 / (1 - p);
+    for (int i = 0; i < n; i++)
+        row[i] *= weights[i] == 0 ? 0 : scale;
+}
+
+void softmax_row_backward(float *row, const float *weights, int n)
+{
+    float delta = 0;
+#pragma omp simd reduction(+ : delta)
+    for (int i = 0; i < n; i++)
+        delta += weights[i] * row[i];
+    for (int i = 0; i < n; i++)
+        row[i] = weights[i] * (row[i] - delta);
+}
+
+/* ---- And for all rows: the steps of forward, last one first. ---- */
+
+/* out = weights V:  dvalues (B,T,C_out) = weights^T dout,  dweights (B,T,T) = dout V^T */
+static void mix_backward(float *dvalues, float *dweights, const float *dout, const float *weights,
+                         const float *values, const AttentionShape *s)
+{
+    int T = s->tokens, C_out = s->embed_out;
+    size_t rows = (size_t)T * C_out, square = (size_t)T * T;
+    matmul_strided_batch('T', 'N', T, C_out, T, 1, weights, T, square, dout, C_out, rows, 0, dvalues, C_out,
+                         rows, s->batch);
+    matmul_strided_batch('N', 'T', T, T, C_out, 1, dout, C_out, rows, values, C_out, rows, 0, dweights, T,
+                         square, s->batch);
+}
+
+/* scores = scale * Q K^T:  dqueries = scale * dscores K,  dkeys = scale * dscores^T Q, both (B,T,C_out) */
+static void score_backward(float *dqueries, float *dkeys, const float *dscores, const float *queries,
+                           const float *keys, const AttentionShape *s)
+{
+    int T = s->tokens, C_out = s->embed_out;
+    size_t rows = (size_t)T * C_out, square = (size_t)T * T;
+    matmul_strided_batch('N', 'N', T, C_out, T, s->scale, dscores, T, square, keys, C_out, rows, 0, dqueries,
+                         C_out, rows, s->batch);
+    matmul_strided_batch('T', 'N', T, C_out, T, s->scale, dscores, T, square, queries, C_out, rows, 0, dkeys,
+                         C_out, rows, s->batch);
+}
+
+/* out = x W^T:  dw (C_out,C) = dout^T x, summed over the batch;  dx (B,T,C) = dout W + beta * dx */
+static void linear_backward(float *dw, float *dx, float beta, const float *dout, const float *x,
+                            const float *w, const AttentionShape *s)
+{
+    int T = s->tokens, C = s->embed, C_out = s->embed_out;
+    size_t x_size = (size_t)T * C, out_size = (size_t)T * C_out;
+    for (int b = 0; b < s->batch; b++)
+        matmul('T', 'N', C_out, C, T, 1, dout + b * out_size, C_out, x + b * x_size, C, b > 0, dw, C);
+    matmul_strided_batch('N', 'N', T, C, C_out, 1, dout, C_out, out_size, w, C, 0, beta, dx, C, x_size,
+                         s->batch);
+}
+
+void causal_attention_backward(float *dx, float *dw_query, float *dw_key, float *dw_value, float *dqueries,
+                               float *dkeys, float *dvalues, float *dscores, const float *dout,
+                               const float *weights, const float *softmax, const float *queries,
+                               const float *keys, const float *values, const float *x, const float *w_query,
+                               const float *w_key, const float *w_value, const AttentionShape *s)
+{
+    int T = s->tokens;
+    mix_backward(dvalues, dscores, dout, weights, values, s);
+
+    /* Until here dscores holds the gradient of the weights. Row by row it becomes that of the scores. */
+#pragma omp parallel for collapse(2)
+    for (int b = 0; b < s->batch; b++)
+        for (int t = 0; t < T; t++) {
+            size_t row = ((size_t)b * T + t) * T;
+            if (s->dropout > 0)
+                dropout_row_backward(dscores + row, weights + row, T, s->dropout);
+            softmax_row_backward(dscores + row, (s->dropout > 0 ? softmax : weights) + row, T);
+        }
+
+    score_backward(dqueries, dkeys, dscores, queries, keys, s);
+    linear_backward(dw_query, dx, 0, dqueries, x, w_query, s);
+    linear_backward(dw_key, dx, 1, dkeys, x, w_key, s);
+    linear_backward(dw_value, dx, 1, dvalues, x, w_value, s);
 }

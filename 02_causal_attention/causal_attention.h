@@ -44,9 +44,36 @@ void attention_minus_inf(float *out, float *weights, float *queries, float *keys
 /* CausalAttention: attention_minus_inf(), and dropout on its weights: each is zeroed with probability
  * s->dropout, or multiplied by 1 / (1 - s->dropout). s->dropout_stream is drawn from as PyTorch draws on a
  * CPU, for all of (B,T,T) in memory order, the zeros above the diagonal included; s->dropout = 0 draws
- * nothing. weights are those after dropout. */
-void causal_attention(float *out, float *weights, float *queries, float *keys, float *values, const float *x,
-                      const float *w_query, const float *w_key, const float *w_value,
+ * nothing. weights are those after dropout; softmax (B,1,T,T) is written where s->dropout > 0, with those
+ * before it, which the backward pass needs, and may be NULL where not. */
+void causal_attention(float *out, float *weights, float *softmax, float *queries, float *keys, float *values,
+                      const float *x, const float *w_query, const float *w_key, const float *w_value,
                       const AttentionShape *s);
+
+/* ---- Backward. ---- */
+
+/* Through dropout: row (n), in place, from the gradient of the dropped weights to that of the softmax's.
+ * weights (n) are those after dropout: one that is 0 was dropped, or was 0 before and passes nothing on. */
+void dropout_row_backward(float *row, const float *weights, int n, float p);
+
+/* Through the softmax and the mask: row (n), in place, from the gradient of the weights to that of the scores,
+ * weights (n) being those that softmax_row() left. A weight of 0, hidden ones among them, passes nothing on.
+ * The same for weights that renormalise_row() left, for they are the same weights (README). */
+void softmax_row_backward(float *row, const float *weights, int n);
+
+/* The gradient of all three modules; of the first two with s->dropout = 0.
+ *   dx (B,T,C)                                 written
+ *   dw_query, dw_key, dw_value (C_out,C)       written
+ *   dqueries, dkeys, dvalues (B,T,C_out)       written, then read
+ *   dscores (B,1,T,T)                          written, then read
+ *   dout (B,T,C_out)                           read: the gradient of the loss by out
+ *   weights, softmax, queries, keys, values    read, as forward left them; softmax only where s->dropout > 0
+ *   x, w_query, w_key, w_value                 read
+ * A row that attention_renormalise() has lost (NaN) makes the gradients NaN as well. */
+void causal_attention_backward(float *dx, float *dw_query, float *dw_key, float *dw_value, float *dqueries,
+                               float *dkeys, float *dvalues, float *dscores, const float *dout,
+                               const float *weights, const float *softmax, const float *queries,
+                               const float *keys, const float *values, const float *x, const float *w_query,
+                               const float *w_key, const float *w_value, const AttentionShape *s);
 
 #endif

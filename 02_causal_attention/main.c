@@ -20,14 +20,42 @@ static void forward_minus_inf(const Tensors *t, const AttentionShape *s)
 
 static void forward_causal(const Tensors *t, const AttentionShape *s)
 {
-    causal_attention(t->out, t->weights, t->workspace[0], t->workspace[1], t->workspace[2], t->x,
-                     t->parameter[0], t->parameter[1], t->parameter[2], s);
+    causal_attention(t->out, t->weights, t->workspace[3], t->workspace[0], t->workspace[1], t->workspace[2],
+                     t->x, t->parameter[0], t->parameter[1], t->parameter[2], s);
 }
+
+static void backward(const Tensors *t, const AttentionShape *s)
+{
+    float *const *work = t->backward_workspace;
+    causal_attention_backward(t->dx, t->d_parameter[0], t->d_parameter[1], t->d_parameter[2], work[0],
+                              work[1], work[2], work[3], t->dout, t->weights, t->workspace[3],
+                              t->workspace[0], t->workspace[1], t->workspace[2], t->x, t->parameter[0],
+                              t->parameter[1], t->parameter[2], s);
+}
+
+/* ---- Their memory. ---- */
 
 static int queries_keys_values(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
     floats[0] = floats[1] = floats[2] = (size_t)s->batch * s->tokens * s->embed_out;
     return 3;
+}
+
+/* And the weights before dropout; where there is none they are the weights themselves. */
+static int and_softmax(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    queries_keys_values(s, floats);
+    if (s->dropout == 0)
+        return 3;
+    floats[3] = weights_count(s);
+    return 4;
+}
+
+static int their_gradients_and_the_scores(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    queries_keys_values(s, floats);
+    floats[3] = weights_count(s);
+    return 4;
 }
 
 static const char *needs_one_head(const AttentionShape *s)
@@ -60,7 +88,9 @@ static const Kernel kernels[] = {
      .what = "softmax over all keys, the future struck out, the rest divided by its sum",
      .takes = TAKES_X,
      .forward = forward_renormalise,
+     .backward = backward,
      .workspace = queries_keys_values,
+     .backward_workspace = their_gradients_and_the_scores,
      .weights = WEIGHTS_PER_HEAD,
      .defaults = &sentence_to_two,
      .refuses = needs_one_head,
@@ -71,7 +101,9 @@ static const Kernel kernels[] = {
      .what = "the future's scores set to -inf, then softmax",
      .takes = TAKES_X,
      .forward = forward_minus_inf,
+     .backward = backward,
      .workspace = queries_keys_values,
+     .backward_workspace = their_gradients_and_the_scores,
      .weights = WEIGHTS_PER_HEAD,
      .defaults = &sentence_to_two,
      .refuses = needs_one_head,
@@ -82,7 +114,9 @@ static const Kernel kernels[] = {
      .what = "CausalAttention: minus-inf, then dropout",
      .takes = TAKES_X,
      .forward = forward_causal,
-     .workspace = queries_keys_values,
+     .backward = backward,
+     .workspace = and_softmax,
+     .backward_workspace = their_gradients_and_the_scores,
      .weights = WEIGHTS_PER_HEAD,
      .dropout = DROPOUT_STREAM,
      .defaults = &sentence_to_two,
@@ -183,8 +217,8 @@ static void story(Story *story)
     float x[36], out[24], weights[72], queries[24], keys[24], values[24];
     memcpy(x, sentence, sizeof sentence);
     memcpy(x + 18, sentence, sizeof sentence);
-    causal_attention(out, weights, queries, keys, values, x, causal->t.parameter[0], causal->t.parameter[1],
-                     causal->t.parameter[2], &two);
+    causal_attention(out, weights, NULL, queries, keys, values, x, causal->t.parameter[0],
+                     causal->t.parameter[1], causal->t.parameter[2], &two);
     story_expect(story, "context vectors of the first entry", out, causal_contexts[0], 6, 2);
     story_expect(story, "and of the second", out + 12, causal_contexts[0], 6, 2);
 

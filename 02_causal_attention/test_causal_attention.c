@@ -5,6 +5,7 @@
 
 #include <criterion/criterion.h>
 #include <math.h>
+#include <omp.h>
 #include <string.h>
 
 static void expect_near(const float *ours, const double *expected, int n, double tolerance)
@@ -17,14 +18,23 @@ static void expect_near(const float *ours, const double *expected, int n, double
 
 /* ---- A module small enough for arrays, in three versions of one signature. ---- */
 
+enum { ROOM = 20000 };
+static float x[ROOM], w[3][ROOM], queries[ROOM], keys[ROOM], values[ROOM], weights[ROOM], softmax[ROOM],
+    out[ROOM];
+static AttentionShape s;
+
 typedef void Module(float *, float *, float *, float *, float *, const float *, const float *, const float *,
                     const float *, const AttentionShape *);
-static Module *const modules[3] = {attention_renormalise, attention_minus_inf, causal_attention};
-static const char *const names[3] = {"renormalise", "minus-inf", "causal"};
 
-enum { ROOM = 20000 };
-static float x[ROOM], w[3][ROOM], queries[ROOM], keys[ROOM], values[ROOM], weights[ROOM], out[ROOM];
-static AttentionShape s;
+static void causal(float *its_out, float *its_weights, float *q, float *k, float *v, const float *its_x,
+                   const float *w_query, const float *w_key, const float *w_value,
+                   const AttentionShape *shape)
+{
+    causal_attention(its_out, its_weights, softmax, q, k, v, its_x, w_query, w_key, w_value, shape);
+}
+
+static Module *const modules[3] = {attention_renormalise, attention_minus_inf, causal};
+static const char *const names[3] = {"renormalise", "minus-inf", "causal"};
 
 static void run(Module *module)
 {
@@ -128,7 +138,7 @@ Test(published, dropout_of_ones_and_of_masked_weights)
     seed_stream(&stream, STREAM_CPU, 123);
     s.dropout = 0.5f;
     s.dropout_stream = &stream;
-    run(causal_attention);
+    run(causal);
     expect_near(weights + 12, (double[]){.7599, .6194, .6206, 0, 0, 0}, 6, 1e-4);
     expect_near(weights + 30, (double[]){0, .3327, .3331, .3084, .3331, 0}, 6, 1e-4);
 }
@@ -136,7 +146,7 @@ Test(published, dropout_of_ones_and_of_masked_weights)
 Test(published, causal_attention_seed_123_twice_in_a_batch)
 {
     set_up_sentence(2, 123);
-    run(causal_attention);
+    run(causal);
     for (int b = 0; b < 2; b++)
         expect_near(out + 12 * b,
                     (double[]){-.4519, .2216, -.5874, .0058, -.6300, -.0632, -.5675, -.0843, -.5526, -.0981,
@@ -216,7 +226,7 @@ Test(trap, dropout_can_silence_a_token)
         seed_stream(&stream, STREAM_CPU, seed);
         s.dropout = 0.5f;
         s.dropout_stream = &stream;
-        run(causal_attention);
+        run(causal);
         silent += weights[0] == 0 && out[0] == 0 && out[1] == 0;
         doubled += weights[0] == 2 && out[0] == 2 * values[0];
     }
@@ -234,7 +244,7 @@ Test(trap, dropout_draws_for_masked_weights_too)
     set_up_sentence(2, 123);
     s.dropout = 0.25f;
     s.dropout_stream = &ours;
-    run(causal_attention);
+    run(causal);
     draw_dropout(&expected, keep, 2 * 36, 0.25);
     float next[2];
     draw_rand(&ours, &next[0], 1);
@@ -252,7 +262,7 @@ Test(trap, dropped_weights_do_not_sum_to_one_but_do_on_average)
     set_up_random(1, T, 5, 4);
     s.dropout = 0.5f;
     s.dropout_stream = &stream;
-    run(causal_attention);
+    run(causal);
     double all = 0;
     int near_one = 0;
     for (int t = 0; t < T; t++) {
@@ -326,5 +336,251 @@ Test(shapes, nan_is_not_hidden)
         run(modules[i]);
         for (int n = 2; n < 10; n++)
             cr_expect(isnan(out[n]), "%s: element %d is %g", names[i], n, (double)out[n]);
+    }
+}
+
+/* ---- Gradients ---- */
+
+static float dout[ROOM], dx[ROOM], dw[3][ROOM], dqueries[ROOM], dkeys[ROOM], dvalues[ROOM], dscores[ROOM];
+static RandomStream dropout_stream;
+
+/* Forward with the same dropout each time. */
+static void run_again(Module *module)
+{
+    if (s.dropout > 0) {
+        seed_stream(&dropout_stream, STREAM_CPU, 9);
+        s.dropout_stream = &dropout_stream;
+    }
+    run(module);
+}
+
+static void run_backward(void)
+{
+    memset(dx, 0xff, sizeof dx); /* NaN */
+    causal_attention_backward(dx, dw[0], dw[1], dw[2], dqueries, dkeys, dvalues, dscores, dout, weights,
+                              softmax, queries, keys, values, x, w[0], w[1], w[2], &s);
+}
+
+static void draw_dout(int n)
+{
+    RandomStream stream;
+    seed_stream(&stream, STREAM_CPU, 8);
+    draw_randn(&stream, dout, n);
+}
+
+/* The loss is the sum of dout * out. Its slope along each number of `tensor`, from four points beside it (an
+ * error of h^4), must be the gradient's. */
+static void expect_slope(int module, const char *name, int out_size, float *tensor, const float *gradient,
+                         int n)
+{
+    const float h = 0x1p-4f, steps[4] = {h, -h, 2 * h, -2 * h};
+    for (int i = 0; i < n; i++) {
+        float before = tensor[i];
+        double loss[4] = {0};
+        for (int j = 0; j < 4; j++) {
+            tensor[i] = before + steps[j];
+            run_again(modules[module]);
+            for (int o = 0; o < out_size; o++)
+                loss[j] += (double)dout[o] * out[o];
+        }
+        tensor[i] = before;
+        double slope = (8 * (loss[0] - loss[1]) - (loss[2] - loss[3])) / (12 * h);
+        cr_expect(fabs(gradient[i] - slope) <= 2e-4, "%s, %s, element %d: %g, by differences %g",
+                  names[module], name, i, (double)gradient[i], slope);
+    }
+}
+
+/* renormalise too, whose own two divisions are taken here. The fourth is causal with dropout. */
+Test(gradient, of_all_three_is_their_slope)
+{
+    enum { B = 2, T = 7, C = 5, C_OUT = 3 };
+    for (int i = 0; i < 4; i++) {
+        int module = i < 3 ? i : 2;
+        set_up_random(B, T, C, C_OUT);
+        draw_dout(B * T * C_OUT);
+        s.dropout = i < 3 ? 0 : 0.4f;
+        run_again(modules[module]);
+        run_backward();
+        expect_slope(module, "dx", B * T * C_OUT, x, dx, B * T * C);
+        for (int m = 0; m < 3; m++)
+            expect_slope(module, "dw", B * T * C_OUT, w[m], dw[m], C * C_OUT);
+    }
+}
+
+/* out.sum().backward() of PyTorch's autograd, on the sentence: for the first two by its own way through the
+ * division, for CausalAttention with its seed. */
+Test(gradient, is_pytorchs)
+{
+    for (int i = 0; i < 18; i++)
+        dout[i] = 1;
+    for (int i = 0; i < 2; i++) {
+        set_up_sentence(1, 789);
+        run(modules[i]);
+        run_backward();
+        expect_near(dw[0], (double[]){.0072129, .0162444, .0102294, .0207938, .0283172, .0176843}, 6, 2e-6);
+        expect_near(dw[1], (double[]){.0356878, -.0172045, -.0322611, -.0182052, .0089088, .0166273}, 6,
+                    2e-6);
+        expect_near(dw[2], (double[]){2.8180780, 2.9134269, 4.1336875, 2.8180780, 2.9134269, 4.1336875}, 6,
+                    2e-6);
+    }
+    set_up_sentence(1, 123);
+    run(causal);
+    run_backward();
+    expect_near(dw[0], (double[]){.0626881, .0959587, .0661744, .0305682, .0455934, .0322795}, 6, 2e-6);
+    expect_near(dw[1], (double[]){.0155005, .0714656, -.0203111, .0033547, .0112174, -.0027596}, 6, 2e-6);
+    expect_near(dw[2], (double[]){2.8251438, 3.0571668, 4.0758495, 2.8251438, 3.0571668, 4.0758495}, 6, 2e-6);
+    expect_near(dx,
+                (double[]){-1.4167199, -1.8568645, .4321268, -.9294557, -1.2218056, .2221425, -.6019210,
+                           -.7933598, .1488359, -.3674664, -.4793774, .0989131, -.2195651, -.2866884,
+                           .0562782, -.1048196, -.1345266, .0246941},
+                18, 2e-6);
+}
+
+/* Back through both divisions of a row, one after the other: what README's page says comes of it. */
+Test(gradient, two_divisions_come_to_one)
+{
+    enum { N = 9, ALLOWED = 5 };
+    RandomStream stream;
+    float row[N], once[N], twice[N];
+    seed_stream(&stream, STREAM_CPU, 3);
+    draw_randn(&stream, row, N);
+    draw_randn(&stream, once, N);
+    memcpy(twice, once, sizeof twice);
+    softmax_row(row, N);
+
+    double p[N], w_i[N], d[N], sum = 0, delta = 0, delta_p = 0;
+    for (int i = 0; i < N; i++)
+        p[i] = row[i];
+    for (int i = 0; i < ALLOWED; i++)
+        sum += p[i];
+    for (int i = 0; i < N; i++)
+        w_i[i] = i < ALLOWED ? p[i] / sum : 0;
+    for (int i = 0; i < N; i++)
+        delta += w_i[i] * once[i];
+    for (int i = 0; i < N; i++) /* the second division: w = p / sum */
+        d[i] = i < ALLOWED ? (once[i] - delta) / sum : 0;
+    for (int i = 0; i < N; i++)
+        delta_p += p[i] * d[i];
+    cr_expect(fabs(delta_p) <= 1e-12, "nothing is left for the first division to take away: %g", delta_p);
+    for (int i = 0; i < N; i++) /* the first: the softmax over all N */
+        d[i] = p[i] * (d[i] - delta_p);
+
+    renormalise_row(row, N, ALLOWED);
+    softmax_row_backward(twice, row, N);
+    expect_near(twice, d, N, 1e-6);
+}
+
+/* A loss at token t alone: no token after it has a gradient, not one bit. */
+Test(trap, the_future_does_not_leak_backward)
+{
+    enum { B = 2, T = 37, C = 5, C_OUT = 4, SEEN = 20 };
+    for (int i = 0; i < 3; i++) {
+        set_up_random(B, T, C, C_OUT);
+        memset(dout, 0, sizeof dout);
+        dout[(SEEN - 1) * C_OUT] = dout[(T + SEEN - 1) * C_OUT + 1] = 1;
+        run(modules[i]);
+        run_backward();
+        for (int b = 0; b < B; b++)
+            for (int t = 0; t < T; t++)
+                for (int c = 0; c < C; c++) {
+                    float gradient = dx[(b * T + t) * C + c];
+                    cr_expect((gradient != 0) == (t < SEEN), "%s, token %d: %g", names[i], t,
+                              (double)gradient);
+                }
+    }
+}
+
+/* The mean that the softmax takes away is over the weights before dropout; and a dropped weight, though its
+ * own gradient is 0, has its score pushed by it. */
+Test(trap, softmax_is_gone_through_with_the_weights_before_dropout)
+{
+    float p[3] = {0.5f, 0.25f, 0.25f}, dropped[3] = {1, 0, 0.5f}, right[3] = {1, 8, -4}, wrong[3];
+    dropout_row_backward(right, dropped, 3, 0.5f);
+    expect_near(right, (double[]){2, 0, -8}, 3, 0);
+    memcpy(wrong, right, sizeof wrong);
+    softmax_row_backward(right, p, 3);
+    expect_near(right, (double[]){1.5, 0.25, -1.75}, 3, 0); /* delta = 0.5 * 2 + 0.25 * -8 = -1 */
+    softmax_row_backward(wrong, dropped, 3);
+    cr_expect(wrong[1] == 0 && fabsf(wrong[0] - right[0]) > 1, "%g %g", (double)wrong[0], (double)wrong[1]);
+}
+
+/* See trap/renormalise_loses_a_row_to_a_large_hidden_score. */
+Test(trap, a_lost_row_has_no_gradient)
+{
+    set_up_shape(1, 2, 1, 1);
+    x[0] = 1, x[1] = 200;
+    w[0][0] = w[1][0] = w[2][0] = dout[0] = dout[1] = 1;
+    for (int i = 0; i < 3; i++) {
+        run(modules[i]);
+        run_backward();
+        cr_expect(isnan(dx[0]) == (i == 0), "%s: %g", names[i], (double)dx[0]);
+        cr_expect(isnan(dw[2][0]) == (i == 0), "%s: %g", names[i], (double)dw[2][0]);
+    }
+}
+
+Test(gradient, of_a_batch_is_the_sum_over_its_entries)
+{
+    enum { B = 3, T = 11, C = 6, C_OUT = 5 };
+    float together[3][C * C_OUT], all[B * T * C], all_dout[B * T * C_OUT];
+    double sum[3][C * C_OUT] = {0};
+    set_up_random(B, T, C, C_OUT);
+    draw_dout(B * T * C_OUT);
+    memcpy(all, x, sizeof all);
+    memcpy(all_dout, dout, sizeof all_dout);
+    run(causal);
+    run_backward();
+    for (int m = 0; m < 3; m++)
+        memcpy(together[m], dw[m], sizeof together[m]);
+    s.batch = 1;
+    for (int b = 0; b < B; b++) {
+        memcpy(x, all + b * T * C, T * C * sizeof *x);
+        memcpy(dout, all_dout + b * T * C_OUT, T * C_OUT * sizeof *dout);
+        run(causal);
+        run_backward();
+        for (int m = 0; m < 3; m++)
+            for (int n = 0; n < C * C_OUT; n++)
+                sum[m][n] += dw[m][n];
+    }
+    for (int m = 0; m < 3; m++)
+        expect_near(together[m], sum[m], C * C_OUT, 1e-5);
+}
+
+Test(gradient, nan_is_not_hidden)
+{
+    for (int i = 0; i < 3; i++) {
+        set_up_random(2, 5, 3, 2);
+        draw_dout(20);
+        dout[4] = NAN; /* of the first entry's token 2, counted from 0 */
+        run(modules[i]);
+        run_backward();
+        for (int n = 0; n < 9; n++) /* it has seen tokens 0 to 2 */
+            cr_expect(isnan(dx[n]), "%s: dx element %d is %g", names[i], n, (double)dx[n]);
+        for (int n = 15; n < 30; n++)
+            cr_expect(!isnan(dx[n]), "%s: dx element %d, of the other entry, is %g", names[i], n,
+                      (double)dx[n]);
+        for (int m = 0; m < 3; m++)
+            cr_expect(isnan(dw[m][0]), "%s: dw is %g", names[i], (double)dw[m][0]);
+    }
+}
+
+Test(gradient, has_the_same_bits_for_any_number_of_threads)
+{
+    enum { B = 2, T = 90, C = 40, C_OUT = 33 };
+    float first_dx[B * T * C], first_dw[3][C * C_OUT];
+    for (int threads = 1; threads <= 3; threads++) {
+        omp_set_num_threads(threads);
+        set_up_random(B, T, C, C_OUT);
+        draw_dout(B * T * C_OUT);
+        s.dropout = 0.3f;
+        run_again(causal);
+        run_backward();
+        if (threads == 1) {
+            memcpy(first_dx, dx, sizeof first_dx);
+            for (int m = 0; m < 3; m++)
+                memcpy(first_dw[m], dw[m], sizeof first_dw[m]);
+        }
+        cr_expect(memcmp(first_dx, dx, sizeof first_dx) == 0, "dx with %d threads", threads);
+        for (int m = 0; m < 3; m++)
+            cr_expect(memcmp(first_dw[m], dw[m], sizeof first_dw[m]) == 0, "dw with %d threads", threads);
     }
 }
