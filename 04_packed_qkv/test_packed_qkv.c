@@ -15,8 +15,8 @@
 
 extern const Chapter chapter;
 
-/* One of the chapter's kernels, opened on a problem such as "--batch 2 --tokens 5", forward called. Held
- * until the test's process ends. */
+/* One of the chapter's kernels, opened on a problem such as "--batch 2 --tokens 5", forward called, and
+ * backward if "--pass both" is among the words. Held until the test's process ends. */
 static Run *run_kernel(const char *name, const char *words)
 {
     static Run runs[32];
@@ -38,6 +38,8 @@ static Run *run_kernel(const char *name, const char *words)
     Refusal refusal = open_run(run, &chapter, kernel, &options, NULL, 1);
     cr_assert(refusal.exit_code == 0, "%s %s: %s", name, words, refusal.reason);
     forward_run(run);
+    if (run->pass != PASS_FORWARD)
+        backward_run(run);
     return run;
 }
 
@@ -85,11 +87,35 @@ Test(torch_mha, gives_what_torch_gives)
     expect_values(run->t.weights + 30, dropped_weights, 6, 2e-6, "weights after dropout");
 }
 
+/* The same, out.sum().backward(). The parameters are out_proj.weight, in_proj_weight, proj.weight, proj.bias. */
+Test(torch_mha, gives_the_gradients_torch_gives)
+{
+    static const double dx[18] = {1.297561, 1.653764, -.781034, .768355, .942654, -.448788,
+                                  .502611,  .617955,  -.295412, .330146, .407445, -.175088,
+                                  .193770,  .246164,  -.104800, .082039, .107963, -.050534};
+    static const double d_in_proj[27] = {-.005943, -.007160, -.004007, .004298,  .006095,  .003592,  .019451,
+                                         .029937,  .021096,  .004036,  .017120,  -.008611, -.008944, -.023009,
+                                         -.000732, -.006551, -.036588, .009466,  1.401837, 1.504800, 2.032160,
+                                         .579344,  .615361,  .824066,  1.517776, 1.608873, 2.201220};
+    Run *run = run_kernel("torch-mha", "--pass both");
+    expect_values(run->t.dx, dx, 18, 3e-6, "dx");
+    expect_values(run->t.d_parameter[1], d_in_proj, 27, 3e-6, "d_in_proj_weight");
+
+    static const double dropped_dx[18] = {.458278, .553117, -.155977, .996148, 1.280556, -.428339,
+                                          .445420, .514076, -.397331, .377370, .416983,  -.196952,
+                                          .277511, .381619, -.129566, .080380, .093431,  -.109944};
+    static const double dropped_out_proj[9] = {-.555845, -1.813189, -1.171835, .302500,  .986767,
+                                               .637731,  -.842557,  -2.748455, -1.776282};
+    run = run_kernel("torch-mha", "--dropout 0.5 --pass both");
+    expect_values(run->t.dx, dropped_dx, 18, 3e-6, "dx after dropout");
+    expect_values(run->t.d_parameter[0], dropped_out_proj, 9, 3e-6, "d_out_proj after dropout");
+}
+
 static void hold_the_notebook(const char *name)
 {
     if (getenv("SMALL"))
         return;
-    Run *run = run_kernel(name, "--batch 8 --tokens 1024 --embed 768 --heads 12");
+    Run *run = run_kernel(name, "--batch 8 --tokens 1024 --embed 768 --heads 12 --pass both");
     const char *wrong = check_reference(run, "04_packed_qkv/reference/notebook_modules.tsv");
     cr_expect(!wrong, "%s: %s", name, wrong);
 }
@@ -249,6 +275,62 @@ Test(mistakes, without_transpose_mixes_tokens)
     }
 }
 
+/* Trap: x went three ways, so its gradient is a sum of three. And the packed matrix's gradient is the three
+ * matrices' above one another, as the matrix itself. */
+Test(packed_qkv, gradients_are_those_of_split_heads)
+{
+    static const char *const sizes[] = {
+        "--batch 2 --tokens 5 --embed 12 --heads 2 --pass both --dout randn",
+        "--batch 2 --tokens 130 --embed 10 --embed-out 21 --heads 3 --pass both --dout randn",
+        "--batch 2 --tokens 40 --embed 24 --embed-out 12 --heads 3 --dropout 0.4 --pass both --dout randn",
+    };
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+        Run *split = run_kernel("split-heads", sizes[i]), *packed = run_kernel("packed-qkv", sizes[i]);
+        const AttentionShape *s = &split->problem.shape;
+        int third = s->embed_out * s->embed;
+        cr_expect(furthest(split->t.dx, packed->t.dx, s->batch * s->tokens * s->embed) <= 2e-6, "%s",
+                  sizes[i]);
+        for (int j = 0; j < 3; j++)
+            cr_expect(furthest(split->t.d_parameter[j], packed->t.d_parameter[0] + j * third, third) <= 1e-4,
+                      "%s: third %d", sizes[i], j);
+    }
+}
+
+/* Trap: the same vector added to all keys of an entry changes no weight, so the gradients of its keys sum to
+ * 0, with dropout too. A delta taken of the weights before dropout does not manage that. */
+Test(packed_qkv, gradients_of_keys_sum_to_zero)
+{
+    enum { B = 2, T = 150, C = 12 };
+    Run *run =
+        run_kernel("packed-qkv", "--batch 2 --tokens 150 --embed 12 --heads 2 --dropout 0.3 --pass both "
+                                 "--dout randn");
+    for (int b = 0; b < B; b++)
+        for (int i = 0; i < C; i++) {
+            double sum = 0, size = 0;
+            for (int t2 = 0; t2 < T; t2++) {
+                double d_k = (double)run->t.backward_workspace[0][(b * T + t2) * 3 * C + C + i];
+                sum += d_k;
+                size += fabs(d_k);
+            }
+            cr_expect(size > 0.1 && fabs(sum) <= 1e-5 * size, "entry %d, column %d: %g", b, i, sum);
+        }
+}
+
+/* What backward asks for: the gradients of qkv and of context, and 128 rows of scores for each head. Chapter 7
+ * needs none of the last. */
+Test(packed_qkv, backward_holds_a_block_of_scores)
+{
+    for (int T = 64; T <= 512; T *= 2) {
+        char both[100], forward[80];
+        snprintf(forward, sizeof forward, "--batch 2 --tokens %d --embed 12 --heads 3", T);
+        snprintf(both, sizeof both, "%s --pass both", forward);
+        size_t more =
+            run_kernel("packed-qkv", both)->extra_bytes - run_kernel("packed-qkv", forward)->extra_bytes;
+        size_t block = T < 128 ? T : 128;
+        cr_expect(more == sizeof(float) * (2 * T * 4 * 12 + 2 * 3 * block * T), "%d tokens: %zu", T, more);
+    }
+}
+
 /* ---- Every kernel ---- */
 
 Test(packed_qkv, block_edges_and_large_scores)
@@ -278,6 +360,53 @@ Test(packed_qkv, block_edges_and_large_scores)
         }
 }
 
+/* The ends of blocks, backward. */
+Test(packed_qkv, gradients_at_block_edges)
+{
+    static const char *const sizes[] = {
+        "--batch 2 --tokens 127 --embed 9 --heads 3 --pass both --dout randn",
+        "--batch 1 --tokens 128 --embed 6 --heads 1 --pass both --dout randn",
+        "--batch 2 --tokens 129 --embed 6 --heads 3 --pass both --dout randn",
+        "--batch 1 --tokens 257 --embed 3 --heads 3 --pass both --dout randn",
+        "--batch 2 --tokens 257 --embed 12 --heads 3 --pass both --dout randn --dropout 0.4",
+    };
+    for (const Kernel *kernel = chapter.kernels; kernel->name; kernel++)
+        for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+            Run *run = run_kernel(kernel->name, sizes[i]);
+            char text[400];
+            bool passed = check_run(run);
+            check_text(text, sizeof text, run);
+            cr_expect(passed, "%s %s: %s", kernel->name, sizes[i], text);
+            close_run(run);
+        }
+}
+
+/* The other way round than forward: what is asked of a token's output is heard by no later token. */
+Test(packed_qkv, no_later_token_hears)
+{
+    enum { T = 150, C = 6, CHANGED = 140 };
+    for (const Kernel *kernel = chapter.kernels; kernel->name; kernel++) {
+        Run *run =
+            run_kernel(kernel->name, "--batch 1 --tokens 150 --embed 6 --heads 3 --pass both --dout randn");
+        float before[T * C], *dout = (float *)run->t.dout;
+        memcpy(before, run->t.dx, sizeof before);
+        for (int i = 0; i < C; i++)
+            dout[CHANGED * C + i] += 1;
+        backward_run(run);
+        size_t later = (CHANGED + 1) * C;
+        cr_expect(memcmp(before + later, run->t.dx + later, (T * C - later) * sizeof *before) == 0, "%s",
+                  kernel->name);
+        for (int t = 0; t <= CHANGED; t++)
+            cr_expect(memcmp(before + t * C, run->t.dx + t * C, C * sizeof *before) != 0, "%s: token %d",
+                      kernel->name, t);
+
+        dout[CHANGED * C] = NAN;
+        backward_run(run);
+        for (int i = 0; i < (CHANGED + 1) * C; i++)
+            cr_assert(isnan(run->t.dx[i]), "%s: number %d is %f", kernel->name, i, (double)run->t.dx[i]);
+    }
+}
+
 /* A token's change reaches no earlier token, not by one bit; a NaN is not hidden. */
 Test(packed_qkv, sees_no_later_token)
 {
@@ -302,7 +431,7 @@ Test(packed_qkv, sees_no_later_token)
 Test(packed_qkv, same_bits_for_any_number_of_threads)
 {
 #ifdef _OPENMP
-    const char *sizes = "--batch 2 --tokens 300 --embed 48 --heads 3";
+    const char *sizes = "--batch 2 --tokens 300 --embed 48 --heads 3 --pass both --dout randn";
     for (const Kernel *kernel = chapter.kernels; kernel->name; kernel++) {
         omp_set_num_threads(1);
         Run *one = run_kernel(kernel->name, sizes);
@@ -314,6 +443,13 @@ Test(packed_qkv, same_bits_for_any_number_of_threads)
             cr_expect(
                 memcmp(one->t.weights, several->t.weights, one->weights_size * sizeof *one->t.weights) == 0,
                 "%s: weights, %d threads", kernel->name, threads);
+            cr_expect(memcmp(one->t.dx, several->t.dx, one->out_size * sizeof *one->t.dx) == 0,
+                      "%s: dx, %d threads", kernel->name, threads);
+            for (int i = 0; i < one->parameters.count; i++)
+                cr_expect(memcmp(one->t.d_parameter[i], several->t.d_parameter[i],
+                                 one->parameters.list[i].size[0] * one->parameters.list[i].size[1] *
+                                     sizeof(float)) == 0,
+                          "%s: d_%s, %d threads", kernel->name, one->parameters.list[i].name, threads);
         }
     }
 #endif
