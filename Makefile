@@ -15,7 +15,7 @@ ARCH     ?= $(if $(filter arm64 aarch64,$(shell uname -m)),-mcpu=native,-march=n
 OPTIMISE ?= -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast
 WARN     := -Wall -Wextra -Wshadow -Wstrict-prototypes $(if $(CI),-Werror)
 ifeq ($(SANITIZE),yes)
-OPTIMISE := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+OPTIMISE := -O1 -Wno-pass-failed -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 endif
 
 .PHONY: help

@@ -1,3 +1,18 @@
+/* Attention near the multiply-add peak. The contract is in the header; this is how it is done, and why.
+ *
+ * - Lanes are queries. A vector holds one number of LANES different queries, so that a row's maximum, sum and
+ *   weights never leave their lane: nothing is added up across a vector. Keys and values are read number by
+ *   number, as they lie in memory, and broadcast. Only the queries are transposed, once a block, and the output
+ *   back.
+ * - Sums stay in registers. Both products are multiply(): TILE x VECTORS sums, so that each number loaded is
+ *   used several times and the multiply-add units do not wait for memory.
+ * - The score comes out as an exponent. scale and log2 e are multiplied into the queries once, and the sums start
+ *   at -m: after the product there is nothing left to do but 2^x, on the registers, before they are stored.
+ * - The maximum is lazy. Softmax needs no maximum but a number near it. m follows only where a score has
+ *   outgrown it by 2^headroom, which is looked at once a tile; then the tile is done again.
+ * - FLASH_KEYS keys a tile: their weights stay in the cache between the two products, and the output is loaded
+ *   and stored once for all of them.
+ * - What no row sees is left out, down to single vectors of rows along the diagonal of a causal mask. */
 #include "flash_tiled_simd.h"
 
 #include <math.h>
@@ -9,7 +24,7 @@
 
 static const float log2e = 1.44269504f;
 
-/* A score may stand this far (in powers of two) above m before m has to follow. */
+/* How far a score may stand above m, in powers of two, before m has to follow. */
 static const float headroom = 20;
 
 static int smaller(int a, int b)
@@ -57,8 +72,7 @@ INLINE void multiply(Vector c[TILE][VECTORS], int vectors, const float *const a[
 
 /* ---- The steps of a tile: up to FLASH_KEYS keys by the block's vectors from .. from + vectors - 1 ---- */
 
-/* What is added to the scores of TILE keys before anything else: the bias, or -inf where a row may not look.
- */
+/* What is added to the scores of TILE keys: the bias, or -inf where a row may not look. */
 static void look_up(const FlashBlock *block, Vector extra[TILE][VECTORS], int key, int from, int vectors)
 {
     const AttentionShape *s = block->s;
@@ -137,7 +151,7 @@ static bool raise_maximum(FlashBlock *block, const Vector top[VECTORS], int from
         float mend = nothing_yet ? 0 : exp2f(-above);
         block->m[row] += above;
         block->l[row] *= mend;
-        for (int d = 0; d < block->s->head_size; d++)
+        for (size_t d = 0; d < (size_t)block->s->head_size; d++)
             block->out_columns[d * FLASH_ROWS + row] *= mend;
         again = true;
     }
@@ -163,7 +177,7 @@ INLINE void add_values(FlashBlock *block, const float *p, int key, int keys, int
     int head_size = block->s->head_size;
     for (int d = 0; d < head_size; d += TILE) {
         Vector c[TILE][VECTORS];
-        Vector *out = (Vector *)block->out_columns + d * VECTORS + from;
+        Vector *out = (Vector *)block->out_columns + (size_t)d * VECTORS + from;
         const float *v[TILE]; /* past the last: the last again; out_columns has room for the results */
         for (int i = 0; i < TILE; i++)
             v[i] = block->v + (size_t)key * block->key_step + smaller(d + i, head_size - 1);
@@ -195,10 +209,16 @@ INLINE void attend_tile(FlashBlock *block, int key, int keys, bool look, int fro
 
 /* ---- The life of a block ---- */
 
+/* Floats of q_columns, and of out_columns: a multiple of 64 bytes. */
+static size_t columns_size(int head_size)
+{
+    size_t rounded = ((size_t)head_size + 15) / 16 * 16;
+    return rounded * FLASH_ROWS;
+}
+
 size_t flash_scratch(int head_size)
 {
-    size_t rounded = ((size_t)head_size + TILE - 1) / TILE * TILE;
-    return 2 * rounded * FLASH_ROWS + 16 - 2 * rounded * FLASH_ROWS % 16;
+    return 2 * columns_size(head_size);
 }
 
 /* The first key of the document that position `place` belongs to: the numbers ascend. */
@@ -215,13 +235,13 @@ static int document_start(const int *document, int place)
     return low;
 }
 
-/* Row t sees no key outside first <= t2 < end; returns true if it sees all within, a bias of -inf apart: so
- * with most masks. */
+/* Row t sees no key outside first <= t2 < end; true if it sees all within (but for a bias of -inf), as with
+ * most masks. */
 static bool bounds(const AttentionShape *s, int b, int t, int *first, int *end)
 {
     int place = t + s->key_tokens - s->tokens;
     MaskKind kind = s->mask.kind;
-    *first = kind == MASK_WINDOW      ? larger(0, place - s->mask.width + 1)
+    *first = kind == MASK_WINDOW      ? place < s->mask.width ? 0 : place - s->mask.width + 1
              : kind == MASK_FUTURE    ? larger(0, place + 1)
              : kind == MASK_DOCUMENTS ? document_start(s->mask.document, place)
                                       : 0;
@@ -232,10 +252,9 @@ static bool bounds(const AttentionShape *s, int b, int t, int *first, int *end)
 void flash_begin(FlashBlock *block, float *scratch)
 {
     const AttentionShape *s = block->s;
-    size_t rounded = ((size_t)s->head_size + TILE - 1) / TILE * TILE;
     block->q_columns = scratch;
-    block->out_columns = scratch + rounded * FLASH_ROWS;
-    memset(scratch, 0, 2 * rounded * FLASH_ROWS * sizeof(float));
+    block->out_columns = scratch + columns_size(s->head_size);
+    memset(scratch, 0, flash_scratch(s->head_size) * sizeof(float));
     memset(block->m, 0, sizeof block->m);
     memset(block->l, 0, sizeof block->l);
     memset(block->first, 0, sizeof block->first);
@@ -248,7 +267,7 @@ void flash_begin(FlashBlock *block, float *scratch)
         block->one_run = bounds(s, block->b, block->row[r].t, &block->first[r], &block->end[r]);
         block->vector_first[r / LANES] = smaller(block->vector_first[r / LANES], block->first[r]);
         block->vector_end[r / LANES] = larger(block->vector_end[r / LANES], block->end[r]);
-        for (int d = 0; d < s->head_size; d++)
+        for (size_t d = 0; d < (size_t)s->head_size; d++)
             block->q_columns[d * FLASH_ROWS + r] = s->scale * log2e * block->row[r].q[d];
     }
 }
@@ -316,7 +335,7 @@ void flash_finish(FlashBlock *block)
     for (int r = 0; r < block->rows; r++) {
         const FlashRow *row = &block->row[r];
         float l = block->l[r], one_over_l = 1 / l;
-        for (int d = 0; d < block->s->head_size; d++)
+        for (size_t d = 0; d < (size_t)block->s->head_size; d++)
             row->out[d] = l == 0 ? 0 : block->out_columns[d * FLASH_ROWS + r] * one_over_l;
         if (row->lse)
             *row->lse = l == 0 ? -INFINITY : (float)((block->m[r] + log2((double)l)) / 1.4426950408889634);

@@ -18,10 +18,9 @@
 #include "shape.h"
 
 enum {
-    FLASH_ROWS =
-        VECTORS * LANES, /* 48 with AVX-512, 24 with AVX2, 12 else; multiples of LANES waste nothing */
-    FLASH_KEYS = 128,    /* keys are taken in tiles of so many, counted from flash_attend's first */
-    FLASH_TASKS = 128,   /* how many lists flash_task() cuts the blocks of a problem into */
+    FLASH_ROWS = VECTORS * LANES, /* 48 with AVX-512, 24 with AVX2, else 12 */
+    FLASH_KEYS = 128,             /* keys are taken in tiles of so many */
+    FLASH_TASKS = 128,            /* how many lists flash_task() cuts the blocks of a problem into */
 };
 
 typedef struct {
@@ -35,20 +34,19 @@ typedef struct {
     /* Filled in by the caller. */
     const AttentionShape *s; /* head_size, scale, mask, causal, lengths, bias, dropout */
     int b;
-    const float *k,
-        *v; /* key t2 is the HS numbers at k + t2 * key_step, its value those at v + t2 * key_step */
+    const float *k, *v; /* key t2: HS numbers at k + t2 * key_step; its value: at v + t2 * key_step */
     size_t key_step;
-    int rows; /* 1 .. FLASH_ROWS */
-    FlashRow row[FLASH_ROWS];
+    int rows;                 /* 1 .. FLASH_ROWS; multiples of LANES waste nothing */
+    FlashRow row[FLASH_ROWS]; /* in any order; fastest with rows side by side that see the same keys */
 
     /* Kept between the steps. Lane i of everything belongs to row[i]. */
     float *q_columns;   /* (HS, FLASH_ROWS): the transposed queries, times scale and log2 e */
     float *out_columns; /* (HS rounded up to TILE, FLASH_ROWS): the transposed output, not yet divided by l */
     _Alignas(64) float m[FLASH_ROWS]; /* scores are weighed as 2^(score - m); not always the largest score */
     _Alignas(64) float l[FLASH_ROWS]; /* the sum of the weights so far; 0: nothing to attend to yet */
-    bool one_run;                     /* every row sees exactly the keys first <= t2 < end */
-    int first[FLASH_ROWS], end[FLASH_ROWS];
-    int vector_first[VECTORS], vector_end[VECTORS];
+    int first[FLASH_ROWS], end[FLASH_ROWS];         /* a row sees no key outside first <= t2 < end */
+    int vector_first[VECTORS], vector_end[VECTORS]; /* nor does any row of a vector outside these */
+    bool one_run; /* each row sees every key from its first to its end, if there is no bias */
 } FlashBlock;
 
 /* How many floats of scratch one block needs, a multiple of 64 bytes. It must be 64-byte aligned; what is in
@@ -59,11 +57,13 @@ size_t flash_scratch(int head_size);
 void flash_begin(FlashBlock *block, float *scratch);
 
 /* Attends to the keys first <= t2 < end, which must exist (0 <= first, end <= TK); an empty range is nothing.
- *   look false: every row sees every key of the range, and s->bias is NULL. Nobody is asked.
- *   look true:  attends() and the bias are asked about each pair; with bias -inf or attends() false a pair
- * weighs nothing. Dropout, if any, is drawn by position in both. Large tiles are fast: give a long range in
- * one call. NaN in k, of a pair that may not attend, stays out; NaN in v reaches every row of the block (0 *
- * NaN is NaN). */
+ *
+ *   look = false   every row sees every key of the range, and s->bias is NULL: nobody is asked.
+ *   look = true    attends() and the bias are asked about each pair. One that they forbid weighs nothing.
+ *
+ * Dropout, if any, is drawn by position in both. A long range in one call is faster than many short ones. NaN
+ * in a key that a row may not see stays out of that row; NaN in a value of the range reaches every row of the
+ * block, as 0 * NaN is NaN. */
 void flash_attend(FlashBlock *block, int first, int end, bool look);
 
 /* Attends to every key that mask, causality, lengths and bias let these rows see: the run of keys that all
@@ -95,8 +95,8 @@ static inline size_t flash_task_scratch(size_t blocks, int head_size)
     return (blocks < FLASH_TASKS ? blocks : FLASH_TASKS) * flash_scratch(head_size);
 }
 
-/* Heads that lie somewhere in larger rows: query (b,h,t) at q + (b*T + t) * q_step + h*HS, and likewise the
- * rest. So (B,T,3C) projections are read as they lie. */
+/* Heads that lie somewhere in larger rows, as in a packed projection (B,T,3C), which is then read in place:
+ * query (b,h,t) is the HS numbers at q + b * q_batch + h * q_head + t * q_token, and likewise the rest. */
 typedef struct {
     const float *q, *k, *v; /* the first number of (0, 0, 0) */
     float *out, *lse;       /* lse (B,NH,T); NULL: not wanted */

@@ -62,19 +62,19 @@ static double furthest(const float *a, const float *b, size_t n)
 typedef struct {
     AttentionShape s;
     float *q, *k, *v, *out, *lse;
-} Problem7;
+} Example;
 
-static Problem7 problem(int batch, int heads, int tokens, int key_tokens, int head_size)
+static Example example(int batch, int heads, int tokens, int key_tokens, int head_size)
 {
-    Problem7 p = {.s = {.batch = batch,
-                        .heads = heads,
-                        .kv_heads = heads,
-                        .tokens = tokens,
-                        .key_tokens = key_tokens,
-                        .head_size = head_size,
-                        .scale = 1 / sqrtf((float)head_size),
-                        .tile_rows = 16,
-                        .tile_columns = 24}};
+    Example p = {.s = {.batch = batch,
+                       .heads = heads,
+                       .kv_heads = heads,
+                       .tokens = tokens,
+                       .key_tokens = key_tokens,
+                       .head_size = head_size,
+                       .scale = 1 / sqrtf((float)head_size),
+                       .tile_rows = 16,
+                       .tile_columns = 24}};
     RandomStream stream;
     seed_stream(&stream, STREAM_CPU, 123);
     p.q = allocate_floats(query_count(&p.s));
@@ -89,7 +89,7 @@ static Problem7 problem(int batch, int heads, int tokens, int key_tokens, int he
 }
 
 /* With the kernel of this name, outputs and workspace poisoned first. */
-static void attend(Problem7 *p, const char *name)
+static void attend(Example *p, const char *name)
 {
     const Kernel *kernel = find_kernel(name);
     Tensors t = {.q = p->q, .k = p->k, .v = p->v, .out = p->out, .lse = p->lse};
@@ -109,7 +109,7 @@ static void attend(Problem7 *p, const char *name)
     free(t.weights);
 }
 
-static void free_problem(Problem7 *p)
+static void free_example(Example *p)
 {
     free(p->q);
     free(p->k);
@@ -119,7 +119,7 @@ static void free_problem(Problem7 *p)
 }
 
 /* How far out and lse are from the oracle's. */
-static Comparison judge(const Problem7 *p, Comparison *of_lse)
+static Comparison judge(const Example *p, Comparison *of_lse)
 {
     double *out = allocate_zeroed(query_count(&p->s), sizeof *out),
            *lse = allocate_zeroed(lse_count(&p->s), sizeof *lse);
@@ -134,7 +134,7 @@ static Comparison judge(const Problem7 *p, Comparison *of_lse)
 
 static const char *const tile_kernels[] = {"tiled", "simd"};
 
-static void expect_right(Problem7 *p, const char *what)
+static void expect_right(Example *p, const char *what)
 {
     for (int i = 0; i < 2; i++) {
         Comparison of_lse;
@@ -180,7 +180,7 @@ Test(tiles, of_any_size_give_the_same)
 {
     static const int sizes[][2] = {{64, 64}, {1, 1}, {3, 5}, {1, 300}, {300, 1}, {7, 64}, {500, 500}};
     for (int causal = 0; causal < 2; causal++) {
-        Problem7 p = problem(2, 2, 97, 131, 20);
+        Example p = example(2, 2, 97, 131, 20);
         p.s.causal = causal;
         attend(&p, "materialised");
         float *out = p.out, *lse = p.lse;
@@ -198,7 +198,7 @@ Test(tiles, of_any_size_give_the_same)
         cr_expect(apart <= 4e-6, "simd: off by %g", apart);
         free(out);
         free(lse);
-        free_problem(&p);
+        free_example(&p);
     }
 }
 
@@ -213,13 +213,13 @@ Test(simd, edges_of_its_tiles)
     for (int i = 0; i < 8; i++)
         for (int j = 0; j < 8; j++)
             for (int causal = 0; causal < 2; causal++) {
-                Problem7 p = problem(1, 1, tokens[i], keys[j], head_sizes[(i + j) % 5]);
+                Example p = example(1, 1, tokens[i], keys[j], head_sizes[(i + j) % 5]);
                 char what[100];
                 snprintf(what, sizeof what, "T %d, TK %d, HS %d%s", p.s.tokens, p.s.key_tokens, p.s.head_size,
                          causal ? ", causal" : "");
                 p.s.causal = causal;
                 expect_right(&p, what);
-                free_problem(&p);
+                free_example(&p);
             }
 }
 
@@ -228,7 +228,7 @@ Test(tiles, same_bits_for_any_number_of_threads)
 #ifdef _OPENMP
     static const char *const names[] = {"materialised", "tiled", "simd"};
     for (int i = 0; i < 3; i++) {
-        Problem7 p = problem(2, 3, 150, 150, 40);
+        Example p = example(2, 3, 150, 150, 40);
         p.s.causal = true;
         omp_set_num_threads(1);
         attend(&p, names[i]);
@@ -245,7 +245,7 @@ Test(tiles, same_bits_for_any_number_of_threads)
         }
         free(out);
         free(lse);
-        free_problem(&p);
+        free_example(&p);
     }
 #endif
 }
@@ -282,7 +282,7 @@ Test(tiles, memory_is_linear_in_tokens)
  * and what was summed up before must vanish. */
 Test(lazy_maximum, every_key_outdoes_the_last)
 {
-    Problem7 p = problem(1, 1, 50, 300, 4);
+    Example p = example(1, 1, 50, 300, 4);
     for (int t2 = 0; t2 < 300; t2++)
         for (int d = 0; d < 4; d++)
             p.k[t2 * 4 + d] = 30.0f * t2;
@@ -290,13 +290,13 @@ Test(lazy_maximum, every_key_outdoes_the_last)
         for (int d = 0; d < 4; d++)
             p.q[t * 4 + d] = t % 2 ? 1 : -1; /* odd rows climb, even rows start at the top */
     expect_right(&p, "climbing scores");
-    free_problem(&p);
+    free_example(&p);
 }
 
 /* m starts at 0: far too large here, where every weight would be 2^-5000 = 0. */
 Test(lazy_maximum, all_scores_far_below_zero)
 {
-    Problem7 p = problem(1, 2, 60, 200, 16);
+    Example p = example(1, 2, 60, 200, 16);
     for (size_t i = 0; i < query_count(&p.s); i++)
         p.q[i] = 30 + 0.01f * p.q[i];
     for (size_t i = 0; i < key_count(&p.s); i++)
@@ -304,13 +304,13 @@ Test(lazy_maximum, all_scores_far_below_zero)
     expect_right(&p, "scores near -3600");
     p.s.causal = true;
     expect_right(&p, "scores near -3600, causal");
-    free_problem(&p);
+    free_example(&p);
 }
 
 /* A forbidden key of enormous score must not set the maximum: all that may be seen would weigh 0. */
 Test(lazy_maximum, is_of_keys_that_may_be_seen)
 {
-    Problem7 p = problem(1, 1, 200, 200, 16);
+    Example p = example(1, 1, 200, 200, 16);
     for (size_t i = 0; i < query_count(&p.s); i++)
         p.q[i] = fabsf(p.q[i]);
     for (int t2 = 0; t2 < 200; t2++)
@@ -330,13 +330,13 @@ Test(lazy_maximum, is_of_keys_that_may_be_seen)
     p.s.bias_stride[3] = 1;
     expect_right(&p, "every 16th key forbidden by the bias, its score enormous");
     free(bias);
-    free_problem(&p);
+    free_example(&p);
 }
 
 /* The fast kernel's short cuts cost no accuracy. */
 Test(simd, is_as_accurate_as_the_plain_loops)
 {
-    Problem7 p = problem(1, 2, 300, 1000, 64);
+    Example p = example(1, 2, 300, 1000, 64);
     Comparison plain, fast, of_lse;
     attend(&p, "tiled");
     plain = judge(&p, &of_lse);
@@ -344,13 +344,13 @@ Test(simd, is_as_accurate_as_the_plain_loops)
     fast = judge(&p, &of_lse);
     cr_expect(fast.relative_l2 <= 1.5 * plain.relative_l2, "L2 %.2g, the plain loops' %.2g", fast.relative_l2,
               plain.relative_l2);
-    free_problem(&p);
+    free_example(&p);
 }
 
 /* Two keys with scores 0 and x and values 0 and 1: out = e^x / (1 + e^x), which shows exp alone. */
 Test(simd, exp_is_good_to_the_last_bits)
 {
-    Problem7 p = problem(1, 1, 1, 2, 1);
+    Example p = example(1, 1, 1, 2, 1);
     p.s.scale = 1;
     p.q[0] = 1;
     p.k[0] = p.v[0] = 0;
@@ -362,7 +362,7 @@ Test(simd, exp_is_good_to_the_last_bits)
         cr_assert(fabs((double)p.out[0] - expected) <= 3e-7 * expected, "x = %g: off by %g of it", x,
                   p.out[0] / expected - 1);
     }
-    free_problem(&p);
+    free_example(&p);
 }
 
 /* ---- What is seen, and what is not even read ---- */
@@ -380,7 +380,7 @@ Test(nan, reaches_every_row_that_sees_it)
     enum { T = 70, HS = 10, SEEN_FROM = 66 };
     for (int i = 0; i < 2; i++)
         for (int tensor = 0; tensor < 3; tensor++) {
-            Problem7 p = problem(1, 1, T, T, HS);
+            Example p = example(1, 1, T, T, HS);
             p.s.causal = true;
             (tensor == 0 ? p.q : tensor == 1 ? p.k : p.v)[SEEN_FROM * HS + 3] = NAN;
             attend(&p, tile_kernels[i]);
@@ -390,7 +390,7 @@ Test(nan, reaches_every_row_that_sees_it)
             if (tensor < 2 || i == 0) /* the fast kernel multiplies v with 0: the header says so */
                 cr_expect(count_nan(p.out, SEEN_FROM * HS) == 0, "%s, tensor %d: rows that do not see it",
                           tile_kernels[i], tensor);
-            free_problem(&p);
+            free_example(&p);
         }
 }
 
@@ -398,11 +398,11 @@ Test(nan, reaches_every_row_that_sees_it)
 Test(nan, alone_is_no_empty_row)
 {
     for (int i = 0; i < 2; i++) {
-        Problem7 p = problem(1, 1, 5, 1, 8);
+        Example p = example(1, 1, 5, 1, 8);
         p.k[2] = NAN;
         attend(&p, tile_kernels[i]);
         cr_expect(count_nan(p.out, 5 * 8) == 5 * 8 && count_nan(p.lse, 5) == 5, "%s", tile_kernels[i]);
-        free_problem(&p);
+        free_example(&p);
     }
 }
 
@@ -411,7 +411,7 @@ Test(padding, is_never_read)
 {
     int lengths[2] = {37, 0};
     for (int i = 0; i < 2; i++) {
-        Problem7 p = problem(2, 1, 20, 100, 12);
+        Example p = example(2, 1, 20, 100, 12);
         p.s.lengths = lengths;
         for (int b = 0; b < 2; b++)
             for (size_t j = key_row(&p.s, b, 0, lengths[b]); j < key_row(&p.s, b + 1, 0, 0); j++)
@@ -421,7 +421,7 @@ Test(padding, is_never_read)
         for (int t = 0; t < 20; t++)
             cr_expect(p.lse[20 + t] == -INFINITY && p.out[query_row(&p.s, 1, 0, t)] == 0,
                       "%s: a row without keys", tile_kernels[i]);
-        free_problem(&p);
+        free_example(&p);
     }
 }
 
@@ -432,7 +432,7 @@ Test(padding, is_never_read)
 Test(steps, rows_of_any_heads_and_keys_in_any_order)
 {
     enum { HEADS = 3, T = 4, TK = 300, HS = 24 };
-    Problem7 p = problem(1, HEADS, T, TK, HS);
+    Example p = example(1, HEADS, T, TK, HS);
     size_t head = (size_t)TK * HS;
     for (int h = 1; h < HEADS; h++) {
         memcpy(p.k + h * head, p.k, head * sizeof *p.k);
@@ -469,7 +469,7 @@ Test(steps, rows_of_any_heads_and_keys_in_any_order)
     flash_finish(&block);
     cr_expect(out[0] == 0 && lse[0] == -INFINITY, "a block that attended to nothing");
     free(scratch);
-    free_problem(&p);
+    free_example(&p);
 }
 
 Test(steps, tasks_cover_every_block_once)
@@ -488,7 +488,7 @@ Test(sdpa, reads_packed_heads_in_place)
 {
     Run *run = run_kernel("sdpa", "--batch 2 --tokens 70 --embed 36 --heads 3");
     AttentionShape s = run->problem.shape;
-    Problem7 p = problem(2, 3, 70, 70, 12);
+    Example p = example(2, 3, 70, 70, 12);
     p.s.causal = true;
     const float *qkv = run->t.workspace[0], *context = run->t.workspace[1];
     for (int b = 0; b < 2; b++)
@@ -506,7 +506,7 @@ Test(sdpa, reads_packed_heads_in_place)
                 cr_expect(memcmp(p.out + query_row(&s, b, h, t), context + ((size_t)b * 70 + t) * 36 + h * 12,
                                  12 * sizeof(float)) == 0,
                           "entry %d, head %d, token %d", b, h, t);
-    free_problem(&p);
+    free_example(&p);
 }
 
 /* out of the sdpa module with a boolean tensor for a mask, read as PyTorch's two functions read it. */
@@ -569,7 +569,7 @@ Test(torch_mha, draws_its_output_projection_first)
 /* Dropout is drawn by position: the plain and the fast kernel, and tiles of any size, drop the same pairs. */
 Test(dropout, does_not_depend_on_tiles)
 {
-    Problem7 p = problem(1, 2, 90, 150, 16);
+    Example p = example(1, 2, 90, 150, 16);
     p.s.dropout = 0.4f;
     p.s.dropout_seed = 7;
     attend(&p, "tiled");
@@ -585,5 +585,5 @@ Test(dropout, does_not_depend_on_tiles)
     attend(&p, "simd");
     cr_expect(furthest(out, p.out, query_count(&p.s)) > 0.1, "another seed");
     free(out);
-    free_problem(&p);
+    free_example(&p);
 }
