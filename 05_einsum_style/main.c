@@ -185,6 +185,36 @@ static void tell_refusals(Story *story)
     }
 }
 
+/* The module's four products again, each with the gradients of its two operands. */
+static void tell_gradients(Story *story)
+{
+    static const char *const cases[][3] = {
+        {"bno,po->bnp", "8,1024,768", "768,768"},
+        {"bhnm,bhmd->bhnd", "8,12,1024,1024", "8,12,1024,64"},
+        {"bhnd,bhmd->bhnm", "8,12,1024,64", "8,12,1024,64"},
+        {"bnd,do->bno", "8,1024,768", "768,768"},
+        {"ii,ij->ij", "768,768", "768,768"},
+        {"ij,jk->k", "768,768", "768,768"},
+    };
+    story_heading(story, "The gradient of an einsum is an einsum");
+    story_say(story,
+              "Of \"A,B->C\" it is \"C,B->A\" for the first operand and \"C,A->B\" for the second. The "
+              "module's products from last to first, then two whose first operand is refused: what "
+              "comes twice in an operand would come twice in a result, and what no other tensor has "
+              "is not there to be read.");
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        View out, a, b;
+        char text[400];
+        story_say(story, "The gradients of %s:", cases[i][0]);
+        if (einsum_views(&out, &a, &b, cases[i][0], cases[i][1], cases[i][2]))
+            continue;
+        for (int operand = EINSUM_A; operand <= EINSUM_B; operand++) {
+            describe_gradient(text, sizeof text, cases[i][0], operand, &out, &a, &b);
+            story_say(story, "%s", text);
+        }
+    }
+}
+
 static double norm(const float *x, size_t n)
 {
     double sum = 0;
@@ -206,7 +236,7 @@ static void tell_notebook(Story *story)
     story_say(story, "PyTorch's values were computed by running its module with the same seed: each "
                      "parameter's norm, in the "
                      "order they are drawn, then six numbers of the result and the norm of all 6291456.");
-    const StoryRun *run = story_run(story, "einsum", "");
+    const StoryRun *run = story_run(story, "einsum", "--pass both");
     const Parameters *p = run->parameters;
     for (int i = 0; i < p->count; i++) {
         double ours = norm(p->list[i].data, p->list[i].size[0] * p->list[i].size[1]);
@@ -221,6 +251,19 @@ static void tell_notebook(Story *story)
     double norm_ours = norm(run->t.out, (size_t)8 * 1024 * 768);
     story_claim(story, fabs(norm_ours - norm_out) <= 1e-6 * norm_out,
                 "out             norm %10.6f, PyTorch's %10.6f", norm_ours, norm_out);
+
+    /* A gradient is a sum of 8192 rows that nearly cancel: five figures. */
+    static const double gradient_norms[5] = {55431.862, 227023.363, 1228.63548, 1445.48176, 58600.7955};
+    const double norm_dx = 1182.66795;
+    story_say(story, "Then out.sum().backward():");
+    for (int i = 0; i < p->count; i++) {
+        double ours_d = norm(p->list[i].gradient, p->list[i].size[0] * p->list[i].size[1]);
+        story_claim(story, fabs(ours_d - gradient_norms[i]) <= 1e-5 * gradient_norms[i],
+                    "d_%-15s norm %11.4f, PyTorch's %11.4f", p->list[i].name, ours_d, gradient_norms[i]);
+    }
+    double ours_dx = norm(run->t.dx, (size_t)8 * 1024 * 768);
+    story_claim(story, fabs(ours_dx - norm_dx) <= 1e-5 * norm_dx,
+                "dx                norm %11.4f, PyTorch's %11.4f", ours_dx, norm_dx);
 }
 
 /* The notebook once made its matrices (d_out,d_in) and read them as (d_in,d_out). */
@@ -243,9 +286,12 @@ static void story(Story *story)
 {
     tell_letters(story);
     tell_refusals(story);
+    tell_gradients(story);
     tell_notebook(story);
     tell_hidden_mistake(story);
     story_time(story, "einsum-loops einsum", "--batch 1 --tokens 512");
+    story_say(story, "\nThe backward pass alone:");
+    story_time(story, "einsum-loops einsum", "--batch 1 --tokens 512 --pass backward");
 }
 
 const Chapter chapter = {

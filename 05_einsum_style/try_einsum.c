@@ -32,6 +32,20 @@ void describe_einsum(char *text, size_t size, const char *specification, const E
              product);
 }
 
+void describe_gradient(char *text, size_t size, const char *specification, int operand, const View *out,
+                       const View *a, const View *b)
+{
+    char gradient[EINSUM_TEXT];
+    EinsumPlan plan;
+    const View *wanted = operand == EINSUM_A ? a : b, *other = operand == EINSUM_A ? b : a;
+    const char *error = einsum_gradient(gradient, specification, operand);
+    error = error ? error : einsum_plan(&plan, gradient, wanted, out, other);
+    if (error)
+        snprintf(text, size, "%s", error);
+    else
+        describe_einsum(text, size, gradient, &plan);
+}
+
 /* How many numbers a view holds; 0 if more than MOST_NUMBERS. */
 static size_t count_of(const View *v)
 {
@@ -103,9 +117,13 @@ int try_einsum(int argc, char **argv)
     error = error ? error : einsum_plan(&plan, specification, &out, &a, &b);
     if (error)
         die(EXIT_USAGE, "%s", error);
-    char text[200];
+    char text[400];
     describe_einsum(text, sizeof text, specification, &plan);
     printf("%s\n", text);
+    for (int operand = EINSUM_A; operand <= EINSUM_B; operand++) {
+        describe_gradient(text, sizeof text, specification, operand, &out, &a, &b);
+        printf("%s  gradient of the %s operand\n", text, operand == EINSUM_A ? "first" : "second");
+    }
 
     RandomStream stream;
     seed_stream(&stream, STREAM_CPU, 123);
