@@ -30,8 +30,8 @@ static float softmax_row(float *row, const AttentionShape *s, int b, int h, int 
     return m + logf(l);
 }
 
-void attention_materialised(float *out, float *lse, float *weights, const float *q, const float *k,
-                            const float *v, const AttentionShape *s)
+void attention_materialised(float *out, float *lse, float *weights, float *softmax, const float *q,
+                            const float *k, const float *v, const AttentionShape *s)
 {
     int T = s->tokens, TK = s->key_tokens, HS = s->head_size, heads = s->batch * s->heads;
     size_t q_head = (size_t)T * HS, k_head = (size_t)TK * HS, weights_head = (size_t)T * TK;
@@ -48,8 +48,10 @@ void attention_materialised(float *out, float *lse, float *weights, const float 
                 size_t row = lse_index(s, b, h, t);
                 lse[row] = softmax_row(weights + row * TK, s, b, h, t);
             }
-    if (s->dropout > 0)
+    if (s->dropout > 0) {
+        memcpy(softmax, weights, weights_count(s) * sizeof *softmax);
         apply_dropout(s->dropout_stream, weights, weights_count(s), s->dropout);
+    }
 
     /* 3. out = weights V */
     matmul_strided_batch('N', 'N', T, HS, TK, 1, weights, TK, weights_head, v, HS, k_head, 0, out, HS, q_head,

@@ -13,9 +13,10 @@
 
 /* softmax(scale Q K^T + bias) V, one step after the other, with the matrix in memory, as in chapter 6. The
  * weights are kept, after dropout, which is drawn from s->dropout_stream in memory order, as PyTorch's
- * nn.Dropout draws it. */
-void attention_materialised(float *out, float *lse, float *weights, const float *q, const float *k,
-                            const float *v, const AttentionShape *s);
+ * nn.Dropout draws it. softmax (B,NH,T,TK): the weights before dropout, for the backward pass; written only
+ * where s->dropout > 0, as they are the same otherwise. */
+void attention_materialised(float *out, float *lse, float *weights, float *softmax, const float *q,
+                            const float *k, const float *v, const AttentionShape *s);
 
 /* Flash attention: tiles of Br = s->tile_rows queries by Bc = s->tile_columns keys, of any positive sizes.
  * Dropout is drawn by position (dropout_keeps).

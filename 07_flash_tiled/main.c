@@ -2,6 +2,7 @@
 #include "chapter.h"
 #include "flash_modules.h"
 #include "flash_tiled.h"
+#include "flash_tiled_backward.h"
 #include "flash_tiled_simd.h"
 #include "memory.h"
 
@@ -13,7 +14,32 @@
 
 static void forward_materialised(const Tensors *t, const AttentionShape *s)
 {
-    attention_materialised(t->out, t->lse, t->weights, t->q, t->k, t->v, s);
+    attention_materialised(t->out, t->lse, t->weights, t->workspace[0], t->q, t->k, t->v, s);
+}
+
+/* The softmax before dropout, where there is any. */
+static int softmax_if_dropout(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = weights_count(s);
+    return s->dropout > 0 ? 1 : 0;
+}
+
+static AttentionBackward gradients(const Tensors *t)
+{
+    return (AttentionBackward){t->q, t->k, t->v, t->out, t->lse, t->dout, t->dq, t->dk, t->dv, t->dbias};
+}
+
+static void backward_materialised(const Tensors *t, const AttentionShape *s)
+{
+    AttentionBackward g = gradients(t);
+    attention_materialised_backward(&g, t->weights, s->dropout > 0 ? t->workspace[0] : t->weights,
+                                    t->backward_workspace[0], s);
+}
+
+static int d_scores(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = weights_count(s);
+    return 1;
 }
 
 static int workspace_tiled(const AttentionShape *s, size_t floats[MAX_BUFFERS])
@@ -27,6 +53,18 @@ static void forward_tiled(const Tensors *t, const AttentionShape *s)
 {
     float *m = t->workspace[0], *l = t->workspace[1], *scores = t->workspace[2];
     attention_tiled(t->out, t->lse, m, l, scores, t->q, t->k, t->v, s);
+}
+
+static void backward_tiled(const Tensors *t, const AttentionShape *s)
+{
+    AttentionBackward g = gradients(t);
+    attention_tiled_backward(&g, t->backward_workspace[0], s);
+}
+
+static int delta(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = lse_count(s);
+    return 1;
 }
 
 static int workspace_simd(const AttentionShape *s, size_t floats[MAX_BUFFERS])
@@ -138,13 +176,18 @@ static const Kernel kernels[] = {
      .what = "the T x TK matrix in memory, softmax over it",
      .takes = TAKES_QKV,
      .forward = forward_materialised,
+     .backward = backward_materialised,
+     .workspace = softmax_if_dropout,
+     .backward_workspace = d_scores,
      .weights = WEIGHTS_PER_HEAD,
      .dropout = DROPOUT_STREAM},
     {.name = "tiled",
      .what = "flash attention in plain C: tiles of queries by keys, no matrix",
      .takes = TAKES_QKV,
      .forward = forward_tiled,
+     .backward = backward_tiled,
      .workspace = workspace_tiled,
+     .backward_workspace = delta,
      .dropout = DROPOUT_POSITION,
      .tiled = true},
     {.name = "simd",
