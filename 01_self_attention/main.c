@@ -216,6 +216,12 @@ static const double sdpa_out[6][8] = {{-1.3321, -0.3489, 0.3015, -0.3912, 0.9867
                                       {0.5285, 0.3890, -0.2649, 0.3706, -0.3839, 0.1963, -0.6242, 0.2312},
                                       {0.4048, 0.0762, 0.3777, 0.4689, -0.2978, 0.2754, -0.6429, 0.1037}};
 
+/* The gradients of v2's matrices, seed 789, by out.sum().backward() in PyTorch. */
+static const double v2_gradients[3][6] = {
+    {0.0531672, 0.0713544, 0.0648202, 0.0741572, 0.0998542, 0.0909605},
+    {0.1465164, -0.1053103, -0.1115718, -0.0691991, 0.0497172, 0.0526351},
+    {2.6388035, 3.4082525, 3.2399576, 2.6388035, 3.4082525, 3.2399576}};
+
 /* ---- The story. ---- */
 
 /* out (6,2): v1 on the sentence, with the three matrices of v2, each transposed. */
@@ -227,6 +233,45 @@ static void v1_with_the_matrices_of_v2(float out[12], const StoryRun *v2)
             for (int o = 0; o < 2; o++)
                 w[m][i * 2 + o] = v2->t.parameter[m][o * 3 + i];
     self_attention_v1(out, weights, queries, keys, values, v2->t.x, w[0], w[1], w[2], &v2->shape);
+}
+
+/* The loss, the sum of out, of v2 on the sentence, one number of W_query moved by `step`. */
+static double loss_of_v2(const StoryRun *v2, int number, float step)
+{
+    float w_query[6], out[12], weights[36], queries[12], keys[12], values[12];
+    for (int i = 0; i < 6; i++)
+        w_query[i] = v2->t.parameter[0][i] + (i == number ? step : 0);
+    self_attention_v2(out, weights, queries, keys, values, v2->t.x, w_query, v2->t.parameter[1],
+                      v2->t.parameter[2], &v2->shape);
+    double loss = 0;
+    for (int i = 0; i < 12; i++)
+        loss += out[i];
+    return loss;
+}
+
+static void story_of_the_gradient(Story *story)
+{
+    static const char *const names[3] = {"W_query", "W_key", "W_value"};
+    story_heading(story, "The gradient: kernel v2, seed 789; the loss is the sum of out");
+    const StoryRun *v2 = story_run(story, "v2", "--seed 789 --pass both");
+    const float h = 1 / 32.0f;
+    double up = loss_of_v2(v2, 4, h), down = loss_of_v2(v2, 4, -h), slope = (up - down) / (2 * h);
+    story_claim(story, fabs(slope - v2->t.d_parameter[0][4]) <= 1e-4,
+                "W_query[1][1] 1/32 up, then down: the loss is %.6f, %.6f; slope %.4f, gradient %.4f", up,
+                down, slope, v2->t.d_parameter[0][4]);
+    for (int i = 0; i < 3; i++)
+        story_beside(story, names[i], "PyTorch's", v2->t.d_parameter[i], v2_gradients[i], 2, 3);
+}
+
+/* The sum of a row's gradients of scores, all taken positive, averaged: what a loss on random numbers would
+ * teach. */
+static double mean_score_gradient(const StoryRun *run)
+{
+    size_t rows = run->shape.tokens, n = run->shape.key_tokens;
+    double sum = 0;
+    for (size_t i = 0; i < rows * n; i++)
+        sum += fabsf(run->t.backward_workspace[0][i]);
+    return sum / (double)rows;
 }
 
 /* The largest weight of each row, averaged: 1/TK where all keys count alike, 1 where one key takes all. */
@@ -284,6 +329,8 @@ static void story(Story *story)
                 "difference %.1e)",
                 difference);
 
+    story_of_the_gradient(story);
+
     story_heading(story, "Queries, keys and values from elsewhere: kernel sdpa, seed 42 on a GPU");
     const StoryRun *sdpa = story_run(story, "sdpa", "");
     story_expect(story, "softmax(Q K^T / sqrt(8)) V, two batch entries of three tokens", sdpa->t.out,
@@ -294,12 +341,17 @@ static void story(Story *story)
         story,
         "A dot product of HS normal numbers has variance HS. For HS = 1024 scores lie some 32 apart, and "
         "softmax gives nearly all to one key. The largest weight of a row of 64, on average:");
-    double unscaled =
-        mean_of_largest_weight(story_run(story, "sdpa", "--heads 1 --tokens 64 --head-size 1024 --scale 1"));
-    double scaled =
-        mean_of_largest_weight(story_run(story, "sdpa", "--heads 1 --tokens 64 --head-size 1024"));
-    story_claim(story, unscaled > 0.9, "not scaled: %.3f", unscaled);
-    story_claim(story, scaled < 0.2, "scaled by 1/sqrt(1024): %.3f", scaled);
+    const char *scores = "--heads 1 --tokens 64 --head-size 1024 --pass both --dout randn";
+    const char *raw_scores = "--heads 1 --tokens 64 --head-size 1024 --pass both --dout randn --scale 1";
+    const StoryRun *unscaled = story_run(story, "sdpa", raw_scores);
+    const StoryRun *scaled = story_run(story, "sdpa", scores);
+    story_claim(story, mean_of_largest_weight(unscaled) > 0.9, "not scaled: %.3f",
+                mean_of_largest_weight(unscaled));
+    story_claim(story, mean_of_largest_weight(scaled) < 0.2, "scaled by 1/sqrt(1024): %.3f",
+                mean_of_largest_weight(scaled));
+    story_claim(story, mean_score_gradient(unscaled) < 0.15 * mean_score_gradient(scaled),
+                "what comes back to a row's scores from a random dout: %.1f not scaled, %.1f scaled",
+                mean_score_gradient(unscaled), mean_score_gradient(scaled));
 
     story_time(story, "dot-product v1 v2", "--batch 1 --tokens 1024 --embed 768");
 }

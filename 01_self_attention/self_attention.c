@@ -103,7 +103,6 @@ void attention_dot_product_backward(float *dx, float *dscores, const float *dout
             softmax_row_backward(dscores_bt, weights + bt * T, T);
         }
 
-        /* Token t against token t2, as its query (score t, t2), as its key and as its value (t2, t). */
 #pragma omp parallel for collapse(2)
     for (int b = 0; b < s->batch; b++)
         for (int t = 0; t < T; t++) {
@@ -112,6 +111,7 @@ void attention_dot_product_backward(float *dx, float *dscores, const float *dout
             for (int c = 0; c < C; c++)
                 dx_bt[c] = 0;
             for (int t2 = 0; t2 < T; t2++) {
+                /* In score (t, t2) token t is the query; in (t2, t) it is the key, and then the value. */
                 size_t bt2 = (size_t)b * T + t2;
                 float as_query = s->scale * dscores[bt * T + t2];
                 float as_key = s->scale * dscores[bt2 * T + t];

@@ -144,6 +144,14 @@ static const double dropped_weights_6[6] = {0, 0.3327, 0.3331, 0.3084, 0.3331, 0
 static const double causal_contexts[6][2] = {{-0.4519, 0.2216},  {-0.5874, 0.0058},  {-0.6300, -0.0632},
                                              {-0.5675, -0.0843}, {-0.5526, -0.0981}, {-0.5299, -0.1081}};
 
+/* The gradients of its W_query and W_key, by out.sum().backward() in PyTorch; and, seed 789, of W_query with
+ * the mask after the softmax. */
+static const double causal_gradients[2][6] = {
+    {0.0626881, 0.0959587, 0.0661744, 0.0305682, 0.0455934, 0.0322795},
+    {0.0155005, 0.0714656, -0.0203111, 0.0033547, 0.0112174, -0.0027596}};
+static const double renormalise_gradient[6] = {0.0072129, 0.0162444, 0.0102294,
+                                               0.0207938, 0.0283172, 0.0176843};
+
 /* ---- The story. ---- */
 
 /* row (T): the scores of query t of a finished run, from its queries and keys. */
@@ -221,6 +229,15 @@ static void story(Story *story)
                      causal->t.parameter[1], causal->t.parameter[2], &two);
     story_expect(story, "context vectors of the first entry", out, causal_contexts[0], 6, 2);
     story_expect(story, "and of the second", out + 12, causal_contexts[0], 6, 2);
+
+    story_heading(story, "The gradient; the loss is the sum of out");
+    const StoryRun *trained = story_run(story, "causal", "--seed 123 --pass both");
+    story_beside(story, "causal, seed 123: W_query", "PyTorch's", trained->t.d_parameter[0],
+                 causal_gradients[0], 2, 3);
+    story_beside(story, "W_key", "PyTorch's", trained->t.d_parameter[1], causal_gradients[1], 2, 3);
+    const StoryRun *divided = story_run(story, "renormalise", "--seed 789 --pass both");
+    story_beside(story, "renormalise, seed 789: W_query, PyTorch going back through both divisions",
+                 "PyTorch's", divided->t.d_parameter[0], renormalise_gradient, 2, 3);
 
     story_time(story, "renormalise minus-inf causal", "--batch 1 --tokens 1024 --embed 768");
 }
