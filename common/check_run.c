@@ -35,12 +35,12 @@ static uint8_t *dropout_mask(const Run *run)
 
 /* rows of `width` numbers picked from a tensor. */
 static Comparison compare_rows(const float *tensor, const double *expected, const size_t *rows, size_t count,
-                               size_t width, double tolerance)
+                               size_t width, double tolerance, double magnitude)
 {
     float *picked = allocate_floats(count * width);
     for (size_t i = 0; i < count; i++)
         memcpy(picked + i * width, tensor + rows[i] * width, width * sizeof *picked);
-    Comparison result = compare(picked, expected, count * width, tolerance);
+    Comparison result = compare_gradient(picked, expected, count * width, tolerance, magnitude);
     free(picked);
     return result;
 }
@@ -53,10 +53,10 @@ static void check_core(Run *run, const size_t *rows, size_t count, const uint8_t
     double *weights = run->t.weights ? allocate_zeroed(count * keys, sizeof *weights) : NULL;
     double largest = oracle_attention(out, lse, weights, rows, count, run->t.q, run->t.k, run->t.v, keep, s);
     double tolerance = tolerance_f32(s->key_tokens, largest);
-    run->out = compare_rows(run->t.out, out, rows, count, width, tolerance);
-    run->lse = compare_rows(run->t.lse, lse, rows, count, 1, tolerance);
+    run->out = compare_rows(run->t.out, out, rows, count, width, tolerance, 0);
+    run->lse = compare_rows(run->t.lse, lse, rows, count, 1, tolerance, 0);
     if (weights)
-        run->weights = compare_rows(run->t.weights, weights, rows, count, keys, tolerance);
+        run->weights = compare_rows(run->t.weights, weights, rows, count, keys, tolerance, 0);
     free(out);
     free(lse);
     free(weights);
@@ -98,16 +98,17 @@ static void check_module(Run *run, const size_t *rows, size_t count, const uint8
     double largest =
         oracle_module(out, weights, per_head, rows, count, run->t.x, &description.module, keep, s);
     double tolerance = tolerance_f32(s->key_tokens, largest);
-    run->out = compare_rows(run->t.out, out, rows, count, width, tolerance);
+    run->out = compare_rows(run->t.out, out, rows, count, width, tolerance, 0);
     if (weights && !per_head)
-        run->weights = compare_rows(run->t.weights, weights, rows, count, keys, tolerance);
+        run->weights = compare_rows(run->t.weights, weights, rows, count, keys, tolerance, 0);
     if (weights && per_head) { /* row (b, t) of the oracle is rows (b, h, t) of ours, h = 0 .. NH-1 */
         size_t *weight_rows = allocate_zeroed(count * s->heads, sizeof *weight_rows);
         for (size_t i = 0; i < count; i++)
             for (int h = 0; h < s->heads; h++)
                 weight_rows[i * s->heads + h] =
                     lse_index(s, (int)(rows[i] / s->tokens), h, (int)(rows[i] % s->tokens));
-        run->weights = compare_rows(run->t.weights, weights, weight_rows, count * s->heads, keys, tolerance);
+        run->weights =
+            compare_rows(run->t.weights, weights, weight_rows, count * s->heads, keys, tolerance, 0);
         free(weight_rows);
     }
     free(out);
@@ -116,6 +117,10 @@ static void check_module(Run *run, const size_t *rows, size_t count, const uint8
 }
 
 /* ---- Gradients ---- */
+
+/* Gradients of ordinary inputs have elements of about this size, unless they are zero on paper. An error of 1% in elements
+ * a hundred times smaller still fails. */
+#define ORDINARY 0.1
 
 static void poison_gradients(Run *run)
 {
@@ -162,7 +167,7 @@ static void check_core_gradients(Run *run, const size_t *rows, size_t count, con
 
     double *dq = allocate_zeroed(count * width, sizeof *dq);
     oracle_dq(dq, rows, count, &g);
-    keep_worst(run, "dq", compare_rows(run->t.dq, dq, rows, count, width, run->out.tolerance));
+    keep_worst(run, "dq", compare_rows(run->t.dq, dq, rows, count, width, run->out.tolerance, ORDINARY));
     free(dq);
 
     size_t keys = (size_t)s->batch * s->kv_heads * s->key_tokens,
@@ -176,13 +181,16 @@ static void check_core_gradients(Run *run, const size_t *rows, size_t count, con
     double *dk = allocate_zeroed(judged * width, sizeof *dk),
            *dv = allocate_zeroed(judged * width, sizeof *dv);
     oracle_dkv(dk, dv, key_rows, judged, &g);
-    keep_worst(run, "dk", compare_rows(run->t.dk, dk, key_rows, judged, width, run->out.tolerance));
-    keep_worst(run, "dv", compare_rows(run->t.dv, dv, key_rows, judged, width, run->out.tolerance));
+    keep_worst(run, "dk", compare_rows(run->t.dk, dk, key_rows, judged, width, run->out.tolerance, ORDINARY));
+    keep_worst(run, "dv", compare_rows(run->t.dv, dv, key_rows, judged, width, run->out.tolerance, ORDINARY));
     free(dk);
     free(dv);
     free(key_rows);
 
     if (s->bias) {
+        /* An element that was broadcast is a sum of many; along the keys it is a sum of zero. */
+        double summed = (double)weights_count(s) / (double)bias_elements(s);
+        double magnitude = fmax(ORDINARY, 0.01 * sqrt(summed));
         size_t elements = bias_elements(s), chosen = run->sampled && elements > 64 ? 64 : elements;
         size_t *which = allocate_zeroed(chosen, sizeof *which);
         if (chosen < elements)
@@ -192,7 +200,8 @@ static void check_core_gradients(Run *run, const size_t *rows, size_t count, con
                 which[i] = i;
         double *dbias = allocate_zeroed(chosen, sizeof *dbias);
         oracle_dbias(dbias, which, chosen, &g);
-        keep_worst(run, "dbias", compare_rows(run->t.dbias, dbias, which, chosen, 1, run->out.tolerance));
+        keep_worst(run, "dbias",
+                   compare_rows(run->t.dbias, dbias, which, chosen, 1, run->out.tolerance, magnitude));
         free(dbias);
         free(which);
     }
@@ -210,7 +219,7 @@ static Comparison compare_judged(const float *ours, double *expected, size_t cou
             picked[judged] = ours[i];
             expected[judged++] = expected[i];
         }
-    Comparison result = compare(picked, expected, judged, tolerance);
+    Comparison result = compare_gradient(picked, expected, judged, tolerance, ORDINARY);
     free(picked);
     return result;
 }

@@ -5,6 +5,12 @@
 
 Comparison compare(const float *ours, const double *expected, size_t count, double tolerance)
 {
+    return compare_gradient(ours, expected, count, tolerance, 0);
+}
+
+Comparison compare_gradient(const float *ours, const double *expected, size_t count, double tolerance,
+                            double magnitude)
+{
     Comparison c = {.count = count, .first_bad = count, .tolerance = tolerance};
     double largest = 0;
     for (size_t i = 0; i < count; i++)
@@ -27,6 +33,7 @@ Comparison compare(const float *ours, const double *expected, size_t count, doub
         if (!good && c.first_bad == count)
             c.first_bad = i;
     }
+    sum_expected = fmax(sum_expected, (double)count * magnitude * magnitude);
     c.relative_l2 = sqrt(sum_expected > 0 ? sum_difference / sum_expected : sum_difference);
     c.passed = c.nan_count == 0 && c.first_bad == count && c.relative_l2 <= tolerance;
     return c;

@@ -22,6 +22,11 @@ typedef struct {
  * only, and is left out of the norms. */
 Comparison compare(const float *ours, const double *expected, size_t count, double tolerance);
 
+/* The same for a gradient, which can be zero on paper: no norm is taken to be smaller than that of elements of this
+ * magnitude, so that what is left of a sum of ordinary numbers that cancel is judged by their size, not by its own. */
+Comparison compare_gradient(const float *ours, const double *expected, size_t count, double tolerance,
+                            double magnitude);
+
 /* The tolerance, written down once: for ordinary scores 1e-5 in float, and room for long sums of many keys; a
  * score of size s carries an error of s * 2^-24 into the exponent, with room for the dot product that made
  * it. */
