@@ -102,7 +102,9 @@ static const BadLine bad[] = {
     {PACKED, "--kernel packed-qkv --q q.npy", 2, "takes --x"},
     {FLASH, "--kernel simd --dtype bf16", 2, "takes --dtype f32"},
     {FLASH, "--dtype bf16", 2, "f32"},
-    {FLASH, "--kernel tiled --pass backward", 2, "forward only"},
+    {FLASH, "--kernel tiled --heads 1 --tokens 3 --pass both --dout x.npy", 2,
+     "--dout has shape (1, 10, 12)"},
+    {PACKED, "--pass backward --dout nan.npy", 1, "NaN"},
     {FLASH, "--kernel simd --tile 4x4", 2, "no --tile"},
     {SPARSE, "--kernel dense-mask --block 4", 2, "no --block"},
     {CAUSAL, "--kernel causal --dropout 0.5 --rng cuda", 2, "CPU stream"},
@@ -283,6 +285,23 @@ Test(command_line_good, module_reads_x_of_two_axes)
     cr_expect(out.axes == 3 && out.size[0] == 1 && out.size[1] == 3 && out.size[2] == 4);
 }
 
+Test(command_line_good, gradients_are_saved)
+{
+    cr_assert(
+        run(FLASH, "--q q.npy --k k.npy --v k.npy --bias bias.npy --kernel tiled --pass both --save saved") ==
+        0);
+    NpyArray dk, dbias;
+    cr_assert_null(read_npy(&dk, "saved/dk.npy"));
+    cr_assert_null(read_npy(&dbias, "saved/dbias.npy"));
+    cr_expect(dk.axes == 4 && dk.size[2] == 4);
+    cr_expect(dbias.axes == 2 && dbias.size[0] == 3 && dbias.size[1] == 4, "as the bias was");
+    cr_assert(run(WRAPPER, "--kernel stacked --pass backward --dout randn --save module") == 0);
+    cr_assert_null(read_npy(&dk, "module/d_heads.1.W_key.weight.npy"));
+    cr_expect(dk.axes == 2 && dk.size[0] == 2 && dk.size[1] == 3);
+    cr_assert_null(read_npy(&dk, "module/dx.npy"));
+    cr_expect(dk.axes == 3 && dk.size[1] == 6 && dk.size[2] == 3);
+}
+
 Test(command_line_good, tsv_has_the_columns_and_grows)
 {
     char text[16384], first[4096];
@@ -309,8 +328,8 @@ Test(command_line_good, list_help_and_quiet_pipes)
     char text[16384];
     cr_assert(run(FLASH, "--list") == 0);
     read_text("stdout.txt", text, sizeof text);
-    cr_expect(strstr(text, "tiled qkv forward f32 cpu\n"));
-    cr_expect(strstr(text, "sdpa x forward f32 cpu\n"));
+    cr_expect(strstr(text, "tiled qkv forward,backward f32 cpu\n"));
+    cr_expect(strstr(text, "sdpa x forward,backward f32 cpu\n"));
     cr_assert(run(FLASH, "--help") == 0);
     read_text("stdout.txt", text, sizeof text);
     cr_expect(strstr(text, "--key-tokens TK") && strstr(text, "tiled"));

@@ -141,3 +141,22 @@ Test(compare, text_says_what_failed)
     comparison_text(small, sizeof small, &c);
     cr_assert_str_eq(small, "L2 2.7e-0");
 }
+
+Test(compare, gradient_of_zero_is_judged_by_what_was_summed)
+{
+    float ours[3] = {2e-8f, -1e-8f, 0};
+    double zero[3] = {6e-17, 0, -3e-17};
+    cr_expect(!compare(ours, zero, 3, 1e-5).passed, "by its own size, what is left of zero is all wrong");
+    cr_expect(compare_gradient(ours, zero, 3, 1e-5, 0.1).passed);
+    ours[2] = 1e-5f;
+    cr_expect(!compare_gradient(ours, zero, 3, 1e-5, 0.1).passed);
+    ours[2] = NAN;
+    cr_expect(!compare_gradient(ours, zero, 3, 1e-5, 0.1).passed);
+}
+
+Test(compare, small_gradients_off_by_a_percent_fail)
+{
+    float ours[2] = {1.01e-3f, -1.01e-3f};
+    double expected[2] = {1e-3, -1e-3};
+    cr_expect(!compare_gradient(ours, expected, 2, 1e-5, 0.1).passed);
+}
