@@ -1,6 +1,8 @@
 /* From a mask to the lists of its blocks. The contracts are in the header. */
 #include "block_mask.h"
 
+#include <string.h>
+
 static int smaller(int a, int b)
 {
     return a < b ? a : b;
@@ -27,19 +29,65 @@ static BlockMask sizes(const AttentionShape *s, bool by_batch, bool by_head)
     };
 }
 
+static size_t floats_of(const BlockMask *mask)
+{
+    size_t bytes_a_list = mask->key_blocks * sizeof(ListedBlock) + sizeof(int);
+    return list_count(mask) * (bytes_a_list / sizeof(float));
+}
+
+static void place(BlockMask *mask, float *memory)
+{
+    mask->listed = (ListedBlock *)memory;
+    mask->count = (int *)(mask->listed + list_count(mask) * mask->key_blocks);
+}
+
 size_t block_mask_floats(const AttentionShape *s, bool by_batch, bool by_head)
 {
     BlockMask mask = sizes(s, by_batch, by_head);
-    size_t bytes_a_list = mask.key_blocks * sizeof(ListedBlock) + sizeof(int);
-    return list_count(&mask) * (bytes_a_list / sizeof(float));
+    return floats_of(&mask);
 }
 
 BlockMask block_mask_in(float *memory, const AttentionShape *s, bool by_batch, bool by_head)
 {
     BlockMask mask = sizes(s, by_batch, by_head);
-    mask.listed = (ListedBlock *)memory;
-    mask.count = (int *)(mask.listed + list_count(&mask) * mask.key_blocks);
+    place(&mask, memory);
     return mask;
+}
+
+/* ---- From the side of the keys ---- */
+
+static BlockMask transposed(const BlockMask *mask)
+{
+    BlockMask turned = *mask;
+    turned.query_blocks = mask->key_blocks;
+    turned.key_blocks = mask->query_blocks;
+    return turned;
+}
+
+size_t transposed_mask_floats(const AttentionShape *s, bool by_batch, bool by_head)
+{
+    BlockMask mask = sizes(s, by_batch, by_head), turned = transposed(&mask);
+    return floats_of(&turned);
+}
+
+BlockMask transpose_in(float *memory, const BlockMask *mask)
+{
+    BlockMask turned = transposed(mask);
+    place(&turned, memory);
+    memset(turned.count, 0, list_count(&turned) * sizeof *turned.count);
+
+    for (int b = 0; b < mask->batch; b++)
+        for (int h = 0; h < mask->heads; h++)
+            for (int i = 0; i < mask->query_blocks; i++) {
+                int count;
+                const ListedBlock *list = block_list(mask, b, h, i, &count);
+                for (int n = 0; n < count; n++) { /* i is met in ascending order, so each list is too */
+                    size_t index = list_index(&turned, b, h, list[n].key_block);
+                    ListedBlock *end = turned.listed + index * turned.key_blocks + turned.count[index]++;
+                    *end = (ListedBlock){i, list[n].kind};
+                }
+            }
+    return turned;
 }
 
 /* ---- From a predicate ---- */

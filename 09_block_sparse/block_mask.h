@@ -44,6 +44,12 @@ void fill_from_predicate(BlockMask *mask, MaskPredicate *predicate, const Attent
 /* Fills them with the same lists that attends() would give, by closed_form(): a few comparisons a block. */
 void fill_from_closed_form(BlockMask *mask, const AttentionShape *s);
 
+/* The same lists from the side of the keys: for each row of key blocks the query blocks that list it,
+ * ascending. Of what it returns, query_blocks and key_blocks have changed places, and key_block of a
+ * ListedBlock is the number of a query block. One walk through the lists makes it. */
+size_t transposed_mask_floats(const AttentionShape *s, bool by_batch, bool by_head);
+BlockMask transpose_in(float *memory, const BlockMask *mask);
+
 /* What s->mask, causality and lengths together say of the queries q <= .. < q_end and the keys
  * kv <= .. < kv_end, neither range empty, without asking about any pair. */
 BlockKind closed_form(const AttentionShape *s, int b, int q, int q_end, int kv, int kv_end);

@@ -60,8 +60,8 @@ static float softmax_row(float *row, const float *mask, const AttentionShape *s,
     return m + logf(l); /* log 0 = -inf */
 }
 
-void attention_dense_mask(float *out, float *lse, float *weights, float *mask, const float *q, const float *k,
-                          const float *v, const AttentionShape *s)
+void attention_dense_mask(float *out, float *lse, float *weights, float *softmax, float *mask, const float *q,
+                          const float *k, const float *v, const AttentionShape *s)
 {
     int T = s->tokens, TK = s->key_tokens, HS = s->head_size, blocks = (T - 1) / BLOCK_ROWS + 1;
     size_t mask_of_batch = s->lengths ? (size_t)T * TK : 0;
@@ -82,10 +82,12 @@ void attention_dense_mask(float *out, float *lse, float *weights, float *mask, c
                 }
             }
 
-    if (s->dropout > 0)
+    if (s->dropout > 0) {
+        memcpy(softmax, weights, weights_count(s) * sizeof *softmax);
         apply_dropout(s->dropout_stream, weights, weights_count(s), s->dropout);
+    }
 
-        /* out = weights V: most of the products are with zero */
+    /* out = weights V: most of the products are with zero */
 #pragma omp parallel for collapse(3) schedule(dynamic)
     for (int b = 0; b < s->batch; b++)
         for (int h = 0; h < s->heads; h++)

@@ -16,9 +16,10 @@
  * forbids weighs nothing, after all the work is done. Dropout is drawn from s->dropout_stream.
  *
  *   weights   (B,NH,T,TK)                          written, after dropout
+ *   softmax   (B,NH,T,TK)                          written where s->dropout > 0: before dropout, for backward
  *   mask      (1,T,TK), or (B,T,TK) with lengths   written: dense_mask_floats(s) */
-void attention_dense_mask(float *out, float *lse, float *weights, float *mask, const float *q, const float *k,
-                          const float *v, const AttentionShape *s);
+void attention_dense_mask(float *out, float *lse, float *weights, float *softmax, float *mask, const float *q,
+                          const float *k, const float *v, const AttentionShape *s);
 size_t dense_mask_floats(const AttentionShape *s);
 
 /* The listed blocks only, row by row: online softmax (chapter 6) that skips what is in no list. The mask is
@@ -41,12 +42,44 @@ size_t block_sparse_scratch(const AttentionShape *s);
  *   out                      (B,T,C_out)             written
  *   qkv                      (B,T,3*C_out)           written: a token's queries, keys, values, by heads
  *   context                  (B,T,C_out)             written: the heads side by side
+ *   lse                      (B,NH,T)                written, for backward
  *   scratch                  block_sparse_scratch(s) floats, 64-byte aligned
  *   x                        (B,T,C)                 read
  *   qkv_weight               (3*C_out,C)             read
  *   proj_weight, proj_bias   (C_out,C_out), (C_out)  read */
-void flex_attention(float *out, float *qkv, float *context, float *scratch, const float *x,
+void flex_attention(float *out, float *qkv, float *context, float *lse, float *scratch, const float *x,
                     const float *qkv_weight, const float *proj_weight, const float *proj_bias,
                     const BlockMask *mask, const AttentionShape *s);
+
+/* What the backward pass of a core reads and writes. Rows without a key have gradients of 0. */
+typedef struct {
+    const float *q, *k, *v, *out, *lse, *dout; /* as forward was given them and left them; dout as out */
+    float *dq, *dk, *dv;                       /* written: as q, k, v */
+    float *dbias; /* written if s->bias is there: in its layout, summed over what it was broadcast to */
+} AttentionBackward;
+
+/* The gradients of attention_dense_mask, from its weights and softmax (the same pointer without dropout).
+ * d_scores (B,NH,T,TK) is written: the gradient of the scores. lse is not read. */
+void attention_dense_mask_backward(const AttentionBackward *g, const float *weights, const float *softmax,
+                                   float *d_scores, const AttentionShape *s);
+
+/* The gradients of attention_block_sparse, and of _simd, over the same lists: no block that is in none of them
+ * is loaded. Weights are computed again from lse, twice (three times with a bias).
+ *
+ *   delta        (B,NH,T)              written: rowsum(dout * out)
+ *   transposed   transpose_in(mask)    read: dk and dv walk the lists from the side of the keys */
+void attention_block_sparse_backward(const AttentionBackward *g, float *delta, const BlockMask *mask,
+                                     const BlockMask *transposed, const AttentionShape *s);
+
+/* The gradients of flex_attention, from the qkv, context and lse that it left.
+ *
+ *   dx, d_qkv_weight, d_proj_weight, d_proj_bias   written: as what they are the gradients of
+ *   d_qkv (B,T,3*C_out), d_context (B,T,C_out)     written: likewise
+ *   delta (B,NH,T)                                 written */
+void flex_attention_backward(float *dx, float *d_qkv_weight, float *d_proj_weight, float *d_proj_bias,
+                             float *d_qkv, float *d_context, float *delta, const float *dout,
+                             const float *qkv, const float *context, const float *lse, const float *x,
+                             const float *qkv_weight, const float *proj_weight, const BlockMask *mask,
+                             const BlockMask *transposed, const AttentionShape *s);
 
 #endif

@@ -123,7 +123,7 @@ void attention_block_sparse_simd(float *out, float *lse, float *scratch, const f
     attend_view(&view, scratch, mask, s);
 }
 
-void flex_attention(float *out, float *qkv, float *context, float *scratch, const float *x,
+void flex_attention(float *out, float *qkv, float *context, float *lse, float *scratch, const float *x,
                     const float *qkv_weight, const float *proj_weight, const float *proj_bias,
                     const BlockMask *mask, const AttentionShape *s)
 {
@@ -132,7 +132,7 @@ void flex_attention(float *out, float *qkv, float *context, float *scratch, cons
     linear(qkv, x, qkv_weight, NULL, rows, s->embed, 3 * C_out);
 
     /* A head's queries are HS columns of qkv, its keys and values HS others: nothing is copied. */
-    FlashView view = {.q = qkv, .k = qkv + C_out, .v = qkv + 2 * C_out, .out = context};
+    FlashView view = {.q = qkv, .k = qkv + C_out, .v = qkv + 2 * C_out, .out = context, .lse = lse};
     view.q_token = view.k_token = 3 * (size_t)C_out;
     view.q_head = view.k_head = view.out_head = HS;
     view.out_token = C_out;

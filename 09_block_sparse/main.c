@@ -12,18 +12,39 @@
 
 /* ---- Kernels ---- */
 
+/* The mask and, with dropout, the weights before it. */
 static int workspace_dense_mask(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
     floats[0] = dense_mask_floats(s);
-    return 1;
+    floats[1] = weights_count(s);
+    return s->dropout > 0 ? 2 : 1;
 }
 
 static void forward_dense_mask(const Tensors *t, const AttentionShape *s)
 {
-    attention_dense_mask(t->out, t->lse, t->weights, t->workspace[0], t->q, t->k, t->v, s);
+    attention_dense_mask(t->out, t->lse, t->weights, t->workspace[1], t->workspace[0], t->q, t->k, t->v, s);
 }
 
-enum { LISTS, SCRATCH, QKV, CONTEXT }; /* workspace of the others */
+static AttentionBackward gradients(const Tensors *t)
+{
+    return (AttentionBackward){t->q, t->k, t->v, t->out, t->lse, t->dout, t->dq, t->dk, t->dv, t->dbias};
+}
+
+static int d_scores(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = weights_count(s);
+    return 1;
+}
+
+static void backward_dense_mask(const Tensors *t, const AttentionShape *s)
+{
+    AttentionBackward g = gradients(t);
+    attention_dense_mask_backward(&g, t->weights, s->dropout > 0 ? t->workspace[1] : t->weights,
+                                  t->backward_workspace[0], s);
+}
+
+enum { LISTS, SCRATCH, QKV, CONTEXT, LSE };   /* workspace of the others */
+enum { TRANSPOSED, DELTA, D_QKV, D_CONTEXT }; /* and what their backward needs more */
 
 static int workspace_block_sparse(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
@@ -44,6 +65,23 @@ static int workspace_flex(const AttentionShape *s, size_t floats[MAX_BUFFERS])
     workspace_simd(s, floats);
     floats[QKV] = 3 * row;
     floats[CONTEXT] = row;
+    floats[LSE] = lse_count(s);
+    return 5;
+}
+
+static int backward_workspace(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[TRANSPOSED] = transposed_mask_floats(s, false, false);
+    floats[DELTA] = lse_count(s);
+    return 2;
+}
+
+static int backward_workspace_flex(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    size_t row = (size_t)s->batch * s->tokens * s->embed_out;
+    backward_workspace(s, floats);
+    floats[D_QKV] = 3 * row;
+    floats[D_CONTEXT] = row;
     return 4;
 }
 
@@ -61,6 +99,14 @@ static void forward_block_sparse(const Tensors *t, const AttentionShape *s)
     attention_block_sparse(t->out, t->lse, t->q, t->k, t->v, &mask, s);
 }
 
+/* The lists again, which is what forward left there, and once from the side of the keys. */
+static void backward_block_sparse(const Tensors *t, const AttentionShape *s)
+{
+    BlockMask mask = lists(t, s), transposed = transpose_in(t->backward_workspace[TRANSPOSED], &mask);
+    AttentionBackward g = gradients(t);
+    attention_block_sparse_backward(&g, t->backward_workspace[DELTA], &mask, &transposed, s);
+}
+
 static void forward_simd(const Tensors *t, const AttentionShape *s)
 {
     BlockMask mask = lists(t, s);
@@ -76,8 +122,17 @@ static void parameters_flex(Parameters *p, const AttentionShape *s)
 static void forward_flex(const Tensors *t, const AttentionShape *s)
 {
     BlockMask mask = lists(t, s);
-    flex_attention(t->out, t->workspace[QKV], t->workspace[CONTEXT], t->workspace[SCRATCH], t->x,
-                   t->parameter[0], t->parameter[1], t->parameter[2], &mask, s);
+    flex_attention(t->out, t->workspace[QKV], t->workspace[CONTEXT], t->workspace[LSE], t->workspace[SCRATCH],
+                   t->x, t->parameter[0], t->parameter[1], t->parameter[2], &mask, s);
+}
+
+static void backward_flex(const Tensors *t, const AttentionShape *s)
+{
+    BlockMask mask = lists(t, s), transposed = transpose_in(t->backward_workspace[TRANSPOSED], &mask);
+    float *const *d = t->backward_workspace;
+    flex_attention_backward(t->dx, t->d_parameter[0], t->d_parameter[1], t->d_parameter[2], d[D_QKV],
+                            d[D_CONTEXT], d[DELTA], t->dout, t->workspace[QKV], t->workspace[CONTEXT],
+                            t->workspace[LSE], t->x, t->parameter[0], t->parameter[1], &mask, &transposed, s);
 }
 
 static void describe_flex(OracleModule *module, OracleLinear *query, OracleLinear *key, OracleLinear *value,
@@ -105,7 +160,9 @@ static const Kernel kernels[] = {
      .what = "the mask as a T x TK tensor, added to all the scores",
      .takes = TAKES_QKV,
      .forward = forward_dense_mask,
+     .backward = backward_dense_mask,
      .workspace = workspace_dense_mask,
+     .backward_workspace = d_scores,
      .weights = WEIGHTS_PER_HEAD,
      .dropout = DROPOUT_STREAM,
      .grouped = true},
@@ -113,7 +170,9 @@ static const Kernel kernels[] = {
      .what = "online softmax over the listed blocks",
      .takes = TAKES_QKV,
      .forward = forward_block_sparse,
+     .backward = backward_block_sparse,
      .workspace = workspace_block_sparse,
+     .backward_workspace = backward_workspace,
      .dropout = DROPOUT_POSITION,
      .grouped = true,
      .blocked = true},
@@ -129,7 +188,9 @@ static const Kernel kernels[] = {
      .what = "implementation 9: FlexAttention between two projections; --mask, causal if not given",
      .takes = TAKES_X,
      .forward = forward_flex,
+     .backward = backward_flex,
      .workspace = workspace_flex,
+     .backward_workspace = backward_workspace_flex,
      .dropout = DROPOUT_POSITION,
      .grouped = true,
      .blocked = true,

@@ -310,7 +310,7 @@ static void attend(const Inputs *p, int kernel, const BlockMask *mask)
     memset(p->out, 0x7f, query_count(s) * sizeof(float));
     if (kernel == DENSE) {
         float *weights = allocate_floats(weights_count(s)), *tensor = allocate_floats(dense_mask_floats(s));
-        attention_dense_mask(p->out, p->lse, weights, tensor, p->q, p->k, p->v, s);
+        attention_dense_mask(p->out, p->lse, weights, NULL, tensor, p->q, p->k, p->v, s);
         free(weights);
         free(tensor);
     } else if (kernel == SPARSE)
@@ -616,18 +616,20 @@ Test(traps, threads_give_the_same_bits)
 
 /* ---- The module ---- */
 
-/* Implementation 9 draws and computes what 5 does: x, parameters and out are PyTorch's values for 5. */
+/* Implementation 9 draws and computes what 5 does: x, parameters, out and gradients are PyTorch's values for 5. */
 Test(flex, gives_what_pytorch_gives)
 {
     if (getenv("SMALL"))
         return;
-    char *argv[] = {"run", "--batch", "8", "--tokens", "1024", "--embed", "768", "--heads", "12"};
+    char *argv[] = {"run", "--batch", "8",  "--tokens", "1024", "--embed",
+                    "768", "--heads", "12", "--pass",   "both"};
     Options options;
-    parse_options(&options, 9, argv);
+    parse_options(&options, 11, argv);
     Run *run = allocate_zeroed(1, sizeof *run);
     Refusal refusal = open_run(run, &chapter, find_kernel("flex"), &options, NULL, 1);
     cr_assert(refusal.exit_code == 0, "%s", refusal.reason);
     forward_run(run);
+    backward_run(run);
     const char *wrong = check_reference(run, "09_block_sparse/reference/notebook_modules.tsv");
     cr_expect(!wrong, "%s", wrong);
     close_run(run);
