@@ -38,25 +38,6 @@ static int larger(int a, int b)
 
 /* ---- Arithmetic on vectors ---- */
 
-/* 2^x for x <= 127: the nearest integer n goes into the exponent, a polynomial of degree 6 (minimax, 2e-9)
- * takes the rest. Below -127 the result is exactly 0, for -inf too; NaN stays NaN. Adding 1.5 * 2^23 leaves
- * no room for a fraction: the sum's low bits are n. */
-INLINE Vector exp2_vector(Vector x)
-{
-    const float shift = 12582912.0f;
-    x = vector_max((Vector){0} - 127.0f, x);
-    Vector shifted = x + shift;
-    Vector f = x - (shifted - shift);
-    Vector p = 1.534581201e-4f * f + 1.339993122e-3f;
-    p = p * f + 9.618488957e-3f;
-    p = p * f + 5.550328777e-2f;
-    p = p * f + 2.402264689e-1f;
-    p = p * f + 6.931472057e-1f;
-    p = p * f + 1.0f;
-    IntVector two_to_n = ((IntVector)shifted + 127) << 23;
-    return p * (Vector)two_to_n;
-}
-
 /* c[i][j] += the sum over k of a[i][k * step] * b[k][j]: both products of attention, for TILE numbers of a
  * (each broadcast to a whole vector) by up to VECTORS vectors of b. It is always inlined with `vectors` a
  * constant, and c has a constant size: only so do all of c stay in registers. */
@@ -68,6 +49,23 @@ INLINE void multiply(Vector c[TILE][VECTORS], int vectors, const float *const a[
         {
             c[i][j] += a[i][k * step] * ((const Vector *)b)[j];
         }
+}
+
+/* The same for a score, step 1, in sums of SHORT_SUM terms: rounding then costs a score of 256 terms no more
+ * than one of 64. A large score needs that, as its error goes into an exponent. */
+INLINE void add_scores(Vector c[TILE][VECTORS], int vectors, const float *a[TILE], const float *b, int n)
+{
+    multiply(c, vectors, a, 1, b, smaller(n, SHORT_SUM));
+    for (int k = SHORT_SUM; k < n; k += SHORT_SUM) {
+        Vector more[TILE][VECTORS] = {0};
+        for (int i = 0; i < TILE; i++)
+            a[i] += SHORT_SUM;
+        multiply(more, vectors, a, 1, b + k * FLASH_ROWS, smaller(n - k, SHORT_SUM));
+        EACH_VECTOR(i, j, vectors)
+        {
+            c[i][j] += more[i][j];
+        }
+    }
 }
 
 /* ---- The steps of a tile: up to FLASH_KEYS keys by the block's vectors from .. from + vectors - 1 ---- */
@@ -118,7 +116,7 @@ INLINE void weigh(const FlashBlock *block, float *p, Vector top[VECTORS], Vector
         {
             c[i][j] = (look ? extra[i][from + j] : (Vector){0}) - m[j];
         }
-        multiply(c, vectors, k, 1, block->q_columns + from * LANES, block->s->head_size);
+        add_scores(c, vectors, k, block->q_columns + from * LANES, block->s->head_size);
 
         EACH_VECTOR(i, j, vectors)
         {
@@ -235,9 +233,7 @@ static int document_start(const int *document, int place)
     return low;
 }
 
-/* Row t sees no key outside first <= t2 < end; true if it sees all within (but for a bias of -inf), as with
- * most masks. */
-static bool bounds(const AttentionShape *s, int b, int t, int *first, int *end)
+bool flash_bounds(const AttentionShape *s, int b, int t, int *first, int *end)
 {
     int place = t + s->key_tokens - s->tokens;
     MaskKind kind = s->mask.kind;
@@ -264,7 +260,7 @@ void flash_begin(FlashBlock *block, float *scratch)
         block->vector_end[j] = 0;
     }
     for (int r = 0; r < block->rows; r++) {
-        block->one_run = bounds(s, block->b, block->row[r].t, &block->first[r], &block->end[r]);
+        block->one_run = flash_bounds(s, block->b, block->row[r].t, &block->first[r], &block->end[r]);
         block->vector_first[r / LANES] = smaller(block->vector_first[r / LANES], block->first[r]);
         block->vector_end[r / LANES] = larger(block->vector_end[r / LANES], block->end[r]);
         for (size_t d = 0; d < (size_t)s->head_size; d++)
@@ -384,14 +380,21 @@ void flash_attention(const FlashView *view, float *scratch, const AttentionShape
             attend_block(view, scratch + i * flash_scratch(s->head_size), s, n);
 }
 
-void attention_simd(float *out, float *lse, float *scratch, const float *q, const float *k, const float *v,
-                    const AttentionShape *s)
+FlashView flash_view(const float *q, const float *k, const float *v, float *out, float *lse,
+                     const AttentionShape *s)
 {
     FlashView view = {.q = q, .k = k, .v = v, .out = out, .lse = lse};
     view.q_token = view.k_token = view.out_token = s->head_size;
-    view.q_head = view.out_head = query_row(s, 0, 1, 0);
-    view.q_batch = view.out_batch = query_row(s, 1, 0, 0);
-    view.k_head = key_row(s, 0, 1, 0);
-    view.k_batch = key_row(s, 1, 0, 0);
+    view.q_head = view.out_head = (size_t)s->tokens * s->head_size;
+    view.q_batch = view.out_batch = s->heads * view.q_head;
+    view.k_head = (size_t)s->key_tokens * s->head_size;
+    view.k_batch = s->kv_heads * view.k_head;
+    return view;
+}
+
+void attention_simd(float *out, float *lse, float *scratch, const float *q, const float *k, const float *v,
+                    const AttentionShape *s)
+{
+    FlashView view = flash_view(q, k, v, out, lse, s);
     flash_attention(&view, scratch, s);
 }

@@ -71,6 +71,10 @@ void flash_attend(FlashBlock *block, int first, int end, bool look);
  * between begin and finish. */
 void flash_attend_allowed(FlashBlock *block);
 
+/* Row t of batch entry b sees no key outside first <= t2 < end; true if it sees all within (but for a bias of
+ * -inf), as with most masks. */
+bool flash_bounds(const AttentionShape *s, int b, int t, int *first, int *end);
+
 /* Writes out and lse = m + log l of each row; zeros and -inf for a row that saw no key. */
 void flash_finish(FlashBlock *block);
 
@@ -105,6 +109,10 @@ typedef struct {
     size_t k_batch, k_head, k_token; /* of k and of v */
     size_t out_batch, out_head, out_token;
 } FlashView;
+
+/* The view of contiguous q, out (B,NH,T,HS), k and v (B,NKV,TK,HS). */
+FlashView flash_view(const float *q, const float *k, const float *v, float *out, float *lse,
+                     const AttentionShape *s);
 
 /* The whole of attention over such views, in parallel; scratch: flash_view_scratch(s) floats. NKV = NH. */
 void flash_attention(const FlashView *view, float *scratch, const AttentionShape *s);

@@ -23,7 +23,10 @@ enum { LANES = 4, TILE = 8 };
 enum { LANES = 4, TILE = 4 };
 #endif
 
-enum { VECTORS = 3 };
+enum {
+    VECTORS = 3,
+    SHORT_SUM = 64, /* terms of a score that are added up before they join the rest */
+};
 
 /* For each row i of TILE and each vector j of the first `vectors` of a row: what follows in braces, written
  * out once for each, so that c[i][j] is a register. */
@@ -54,6 +57,25 @@ static inline Vector vector_max(Vector a, Vector b)
 #else
     return vector_select(a > b, a, b);
 #endif
+}
+
+/* 2^x for x <= 127: the nearest integer n goes into the exponent, a polynomial of degree 6 (minimax, 2e-9)
+ * takes the rest. Below -127 the result is exactly 0, for -inf too; NaN stays NaN. Adding 1.5 * 2^23 leaves
+ * no room for a fraction: the sum's low bits are n. */
+static inline __attribute__((always_inline)) Vector exp2_vector(Vector x)
+{
+    const float shift = 12582912.0f;
+    x = vector_max((Vector){0} - 127.0f, x);
+    Vector shifted = x + shift;
+    Vector f = x - (shifted - shift);
+    Vector p = 1.534581201e-4f * f + 1.339993122e-3f;
+    p = p * f + 9.618488957e-3f;
+    p = p * f + 5.550328777e-2f;
+    p = p * f + 2.402264689e-1f;
+    p = p * f + 6.931472057e-1f;
+    p = p * f + 1.0f;
+    IntVector two_to_n = ((IntVector)shifted + 127) << 23;
+    return p * (Vector)two_to_n;
 }
 
 #endif

@@ -4,6 +4,7 @@
 #include "flash_tiled.h"
 #include "flash_tiled_backward.h"
 #include "flash_tiled_simd.h"
+#include "flash_tiled_simd_backward.h"
 #include "memory.h"
 
 #include <math.h>
@@ -76,6 +77,21 @@ static int workspace_simd(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 static void forward_simd(const Tensors *t, const AttentionShape *s)
 {
     attention_simd(t->out, t->lse, t->workspace[0], t->q, t->k, t->v, s);
+}
+
+static int backward_workspace_simd(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = lse_count(s);
+    floats[1] = flash_backward_scratch(s);
+    floats[2] = flash_backward_partials(s);
+    return floats[2] ? 3 : 2;
+}
+
+static void backward_simd(const Tensors *t, const AttentionShape *s)
+{
+    float *const *d = t->backward_workspace;
+    AttentionBackward g = gradients(t);
+    attention_simd_backward(&g, d[0], d[2], d[1], s);
 }
 
 /* ---- Modules ---- */
@@ -194,7 +210,9 @@ static const Kernel kernels[] = {
      .what = "the same with vectors of queries, tiles in registers",
      .takes = TAKES_QKV,
      .forward = forward_simd,
+     .backward = backward_simd,
      .workspace = workspace_simd,
+     .backward_workspace = backward_workspace_simd,
      .dropout = DROPOUT_POSITION},
     {.name = "sdpa",
      .what = "implementation 5: one packed projection, scaled_dot_product_attention(is_causal=True)",
