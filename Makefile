@@ -86,11 +86,12 @@ $(BUILD)/common/test: $(call objects,$(filter-out common/test_chapter.c,$(wildca
 all: $(PROGRAMS)
 tests: $(PROGRAMS) $(TESTS)
 
-help:
+help: probe
 	@sh common/help.sh
 
 setup:
 	@sh common/setup.sh
+	@$(MAKE) --no-print-directory probe
 
 demo:
 	@sh common/setup.sh

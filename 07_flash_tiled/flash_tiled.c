@@ -10,23 +10,43 @@
 
 /* ---- With the matrix: chapter 6's three steps, each over all T x TK scores. ---- */
 
-/* Masks, biases and normalises one row of scores in place; returns its lse. */
+/* 16 maxima side by side, so that they are a vector; then the largest of them. */
+static float largest(const float *row, int n)
+{
+    float lane[16];
+    int i = 0;
+    for (int j = 0; j < 16; j++)
+        lane[j] = -INFINITY;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++)
+            lane[j] = row[i + j] > lane[j] ? row[i + j] : lane[j];
+    for (; i < n; i++)
+        lane[0] = row[i] > lane[0] ? row[i] : lane[0];
+    for (int j = 1; j < 16; j++)
+        lane[0] = lane[j] > lane[0] ? lane[j] : lane[0];
+    return lane[0];
+}
+
+/* Masks and normalises one row of scores in place; returns its lse. Keys from keys_end() on weigh nothing. */
 static float softmax_row(float *row, const AttentionShape *s, int b, int h, int t)
 {
-    float m = -INFINITY, l = 0;
-    for (int t2 = 0; t2 < s->key_tokens; t2++) {
-        row[t2] = attends(s, b, h, t, t2) ? row[t2] + bias_at(s, b, h, t, t2) : -INFINITY;
-        m = row[t2] > m ? row[t2] : m;
-    }
+    int end = keys_end(s, b, t);
+    bool end_says_all = s->mask.kind == MASK_NONE || s->mask.kind == MASK_CAUSAL;
+    for (int t2 = 0; s->bias && t2 < end; t2++)
+        row[t2] += bias_at(s, b, h, t, t2);
+    for (int t2 = 0; !end_says_all && t2 < end; t2++)
+        row[t2] = attends(s, b, h, t, t2) ? row[t2] : -INFINITY;
+
+    float m = largest(row, end), l = 0;
     float subtract = m == -INFINITY ? 0 : m; /* nothing allowed: -inf - -inf would be NaN */
 #pragma omp simd reduction(+ : l)
-    for (int t2 = 0; t2 < s->key_tokens; t2++) {
+    for (int t2 = 0; t2 < end; t2++) {
         row[t2] = fast_exp(row[t2] - subtract);
         l += row[t2];
     }
     float one_over_l = l == 0 ? 0 : 1 / l;
     for (int t2 = 0; t2 < s->key_tokens; t2++)
-        row[t2] *= one_over_l;
+        row[t2] = t2 < end ? row[t2] * one_over_l : 0;
     return m + logf(l);
 }
 

@@ -254,7 +254,7 @@ static void tell_llama(Story *story)
     float ours[3][6];
     for (int i = 0; i < 3; i++)
         memcpy(ours[i], run->t.out + (size_t)tokens[i] * run->shape.embed_out, sizeof ours[i]);
-    story_expect(story, "out, batch entry 0", &ours[0][0], &pytorch[0][0], 3, 6);
+    story_beside(story, "out, batch entry 0", "PyTorch's", &ours[0][0], &pytorch[0][0], 3, 6);
 }
 
 static void tell_cache(Story *story)
