@@ -225,10 +225,10 @@ static bool recompute(Piece *piece, const Walk *w, bool partial)
                           : 1;
         float lse = g->lse[row] == -INFINITY ? 0 : g->lse[row], delta = w->delta[row];
         for (int c = 0; c < piece->keys; c++) {
-            float p = fast_exp(weight[c] - lse);
-            float d = p * (kept[c] * d_score[c] - delta);
-            d_score[c] = weight[c] == -INFINITY ? 0 : d; /* in a hole V may hold anything */
-            weight[c] = p * kept[c];
+            bool hole = weight[c] == -INFINITY; /* where V, lse and delta may be anything */
+            float p = fast_exp(weight[c] - lse), d = p * (kept[c] * d_score[c] - delta);
+            weight[c] = hole ? 0 : p * kept[c];
+            d_score[c] = hole ? 0 : d;
         }
     }
     return true;

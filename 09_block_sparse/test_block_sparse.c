@@ -271,7 +271,7 @@ static const char *const names[KERNELS] = {"dense-mask", "block-sparse", "simd"}
 
 typedef struct {
     AttentionShape s;
-    float *q, *k, *v, *out, *lse;
+    float *q, *k, *v, *out, *lse, *dout, *dq, *dk, *dv;
 } Inputs;
 
 static Inputs set_up(AttentionShape s, int batch, int heads, int head_size)
@@ -286,18 +286,23 @@ static Inputs set_up(AttentionShape s, int batch, int heads, int head_size)
     p.v = allocate_floats(key_count(&p.s));
     p.out = allocate_floats(query_count(&p.s));
     p.lse = allocate_floats(lse_count(&p.s));
+    p.dout = allocate_floats(query_count(&p.s));
+    p.dq = allocate_floats(query_count(&p.s));
+    p.dk = allocate_floats(key_count(&p.s));
+    p.dv = allocate_floats(key_count(&p.s));
     RandomStream stream;
     seed_stream(&stream, STREAM_CPU, 123);
     draw_randn(&stream, p.q, query_count(&p.s));
     draw_randn(&stream, p.k, key_count(&p.s));
     draw_randn(&stream, p.v, key_count(&p.s));
+    draw_randn(&stream, p.dout, query_count(&p.s));
     return p;
 }
 
 static void tear_down(Inputs *p)
 {
-    float *const owned[] = {p->q, p->k, p->v, p->out, p->lse};
-    for (int i = 0; i < 5; i++)
+    float *const owned[] = {p->q, p->k, p->v, p->out, p->lse, p->dout, p->dq, p->dk, p->dv};
+    for (int i = 0; i < 9; i++)
         free(owned[i]);
     drop_shape(&p->s);
 }
@@ -321,6 +326,98 @@ static void attend(const Inputs *p, int kernel, const BlockMask *mask)
         free(scratch);
     }
     free(own.listed);
+}
+
+/* Forward and backward. simd has no backward of its own: what its forward leaves is block-sparse's to use. */
+static void differentiate(const Inputs *p, int kernel, const BlockMask *mask)
+{
+    const AttentionShape *s = &p->s;
+    AttentionBackward g = {p->q, p->k, p->v, p->out, p->lse, p->dout, p->dq, p->dk, p->dv, NULL};
+    float dbias[64];
+    g.dbias = dbias; /* the tests of this file have a bias of 64 keys at most */
+    memset(p->dq, 0x7f, query_count(s) * sizeof(float));
+    memset(p->dk, 0x7f, key_count(s) * sizeof(float));
+    memset(p->dv, 0x7f, key_count(s) * sizeof(float));
+    if (kernel == DENSE) {
+        float *weights = allocate_floats(weights_count(s)), *tensor = allocate_floats(dense_mask_floats(s));
+        float *d_scores = allocate_floats(weights_count(s));
+        attention_dense_mask(p->out, p->lse, weights, NULL, tensor, p->q, p->k, p->v, s);
+        attention_dense_mask_backward(&g, weights, weights, d_scores, s);
+        free(weights);
+        free(tensor);
+        free(d_scores);
+        return;
+    }
+    attend(p, kernel, mask);
+    BlockMask own = lists_of(s, NULL, false, false);
+    const BlockMask *used = mask ? mask : &own;
+    float *memory = allocate_floats(transposed_mask_floats(s, used->batch > 1, used->heads > 1));
+    float *delta = allocate_floats(lse_count(s));
+    BlockMask transposed = transpose_in(memory, used);
+    attention_block_sparse_backward(&g, delta, used, &transposed, s);
+    free(memory);
+    free(delta);
+    free(own.listed);
+}
+
+static double largest_difference(const float *ours, const double *expected, size_t count)
+{
+    double worst = 0;
+    for (size_t i = 0; i < count; i++) {
+        double difference = fabs(ours[i] - expected[i]);
+        if (!(difference <= worst))
+            worst = difference;
+    }
+    return worst;
+}
+
+static double dot(const float *a, const float *b, int n)
+{
+    double sum = 0;
+    for (int i = 0; i < n; i++)
+        sum += (double)a[i] * b[i];
+    return sum;
+}
+
+/* The largest difference of dq, dk, dv from those over the allowed pairs, each asked for, in double. */
+static double gradient_error(const Inputs *p, MaskPredicate *predicate)
+{
+    const AttentionShape *s = &p->s;
+    int HS = s->head_size, TK = s->key_tokens;
+    double *dq = allocate_zeroed(query_count(s), sizeof *dq), *dk = allocate_zeroed(key_count(s), sizeof *dk);
+    double *dv = allocate_zeroed(key_count(s), sizeof *dv), *weight = allocate_zeroed(TK, sizeof *weight);
+    for (int b = 0; b < s->batch; b++)
+        for (int h = 0; h < s->heads; h++)
+            for (int t = 0; t < s->tokens; t++) {
+                size_t at = query_row(s, b, h, t);
+                double sum = 0, delta = 0;
+                for (int t2 = 0; t2 < TK; t2++) {
+                    bool may = predicate(s, b, h, t, t2) && bias_at(s, b, h, t, t2) > -INFINITY;
+                    double score = dot(p->q + at, p->k + key_row(s, b, h, t2), HS) * s->scale;
+                    sum += weight[t2] = may ? exp(score + bias_at(s, b, h, t, t2)) : 0;
+                }
+                for (int t2 = 0; t2 < TK; t2++)
+                    if (weight[t2] > 0) {
+                        weight[t2] /= sum;
+                        delta += weight[t2] * dot(p->dout + at, p->v + key_row(s, b, h, t2), HS);
+                    }
+                for (int t2 = 0; t2 < TK; t2++) {
+                    size_t kv = key_row(s, b, h, t2);
+                    double d = weight[t2] > 0 ? weight[t2] * (dot(p->dout + at, p->v + kv, HS) - delta) : 0;
+                    for (int c = 0; c < HS && weight[t2] > 0; c++) {
+                        dq[at + c] += s->scale * d * p->k[kv + c];
+                        dk[kv + c] += s->scale * d * p->q[at + c];
+                        dv[kv + c] += weight[t2] * p->dout[at + c];
+                    }
+                }
+            }
+    double worst =
+        fmax(largest_difference(p->dq, dq, query_count(s)),
+             fmax(largest_difference(p->dk, dk, key_count(s)), largest_difference(p->dv, dv, key_count(s))));
+    double *const owned[] = {dq, dk, dv, weight};
+    for (int i = 0; i < 4; i++)
+        free(owned[i]);
+    return worst;
 }
 
 /* The largest difference from softmax over the allowed pairs, each asked for, in double. */
@@ -420,6 +517,153 @@ Test(predicates, are_asked_in_place_of_the_shapes_mask)
     cr_expect(error_against(&p, checkers) <= 2e-6);
     free(mask.listed);
     tear_down(&p);
+}
+
+/* ---- Gradients ---- */
+
+/* The same blocks from the other side, ascending too. */
+Test(gradients, transposed_lists_hold_the_same_blocks)
+{
+    for (int n = 0; n < BLOCKS; n++) {
+        AttentionShape s = shape_of("none", 70, 130, blocks[n]);
+        s.batch = 2;
+        s.heads = s.kv_heads = 3;
+        BlockMask mask = lists_of(&s, window_by_head, true, true);
+        size_t floats = transposed_mask_floats(&s, true, true);
+        float *memory = allocate_floats(floats);
+        BlockMask turned = transpose_in(memory, &mask);
+        cr_assert(turned.count + 6 * mask.key_blocks == (int *)memory + floats);
+        BlockCount there = count_blocks(&mask), here = count_blocks(&turned);
+        cr_expect(there.full == here.full && there.partial == here.partial && there.all == here.all);
+        for (int b = 0; b < 2; b++)
+            for (int h = 0; h < 3; h++)
+                for (int j = 0; j < mask.key_blocks; j++) {
+                    int count;
+                    const ListedBlock *list = block_list(&turned, b, h, j, &count);
+                    for (int i = 0; i < count; i++) {
+                        cr_assert(i == 0 || list[i - 1].key_block < list[i].key_block, "not ascending");
+                        cr_assert(kind_at(&mask, b, h, list[i].key_block, j) == list[i].kind);
+                    }
+                }
+        free(memory);
+        free(mask.listed);
+    }
+}
+
+Test(gradients, of_a_predicate_of_batch_entry_and_head)
+{
+    for (int n = 0; n < BLOCKS; n++) {
+        Inputs p = set_up(shape_of("none", 70, 130, blocks[n]), 2, 3, 8);
+        BlockMask mask = lists_of(&p.s, window_by_head, true, true);
+        differentiate(&p, SPARSE, &mask);
+        double error = gradient_error(&p, window_by_head);
+        cr_expect(error <= 5e-6, "blocks of %d: off by %g", blocks[n], error);
+        free(mask.listed);
+        tear_down(&p);
+    }
+}
+
+Test(gradients, of_rows_without_a_key_are_zero)
+{
+    static const int lengths[] = {20, 0};
+    for (int kernel = 0; kernel < KERNELS; kernel++) {
+        Inputs p = set_up(shape_of("causal", 50, 20, 16), 2, 1, 8);
+        p.s.lengths = lengths;
+        differentiate(&p, kernel, NULL);
+        double error = gradient_error(&p, attends);
+        cr_expect(error <= 5e-6, "%s: off by %g", names[kernel], error);
+        for (int i = 0; i < 30 * 8; i++)
+            cr_expect(p.dq[i] == 0, "%s", names[kernel]);
+        for (int i = 20 * 8; i < 40 * 8; i++)
+            cr_expect(p.dk[i] == 0 && p.dv[i] == 0, "%s: a key that nobody sees", names[kernel]);
+        tear_down(&p);
+    }
+}
+
+/* NaN in the keys of an empty block, and in the queries of another: who does not meet them has a gradient. */
+Test(gradients, never_load_empty_blocks)
+{
+    for (int kernel = 0; kernel <= SPARSE; kernel++) {
+        Inputs p = set_up(shape_of("window:10", 64, 64, 16), 1, 1, 8);
+        for (int i = 0; i < 16 * 8; i++)
+            p.k[i] = p.v[i] = NAN; /* seen by rows 0 .. 24 */
+        for (int i = 48 * 8; i < 64 * 8; i++)
+            p.q[i] = p.dout[i] = NAN; /* who see keys 39 and later */
+        differentiate(&p, kernel, NULL);
+        bool finite = true;
+        for (int c = 32 * 8; c < 48 * 8; c++)
+            finite = finite && isfinite(p.dq[c]);
+        for (int c = 25 * 8; c < 32 * 8; c++) /* keys 16 .. 24 meet rows whose delta is NaN */
+            finite = finite && isfinite(p.dk[c]) && isfinite(p.dv[c]);
+        cr_expect(finite == (kernel != DENSE), "%s", names[kernel]);
+        cr_expect(isnan(p.dq[15 * 8]) && isnan(p.dv[50 * 8]) && isnan(p.dk[50 * 8]), "%s hides NaN",
+                  names[kernel]);
+        tear_down(&p);
+    }
+}
+
+/* 0 times NaN is NaN: a product over a whole partial block would let in what its mask forbids. */
+Test(gradients, forbidden_pairs_of_a_partial_block_stay_out)
+{
+    Inputs p = set_up(shape_of("causal", 64, 64, 64), 1, 1, 8);
+    for (int i = 40 * 8; i < 64 * 8; i++)
+        p.k[i] = p.v[i] = NAN;
+    differentiate(&p, SPARSE, NULL);
+    for (int t = 0; t < 64; t++)
+        cr_expect((isnan(p.dq[t * 8]) != 0) == (t >= 40), "row %d", t);
+    tear_down(&p);
+}
+
+/* The same where the bias forbids, in a full block. */
+Test(gradients, what_a_bias_forbids_stays_out)
+{
+    float bias[64];
+    for (int t2 = 0; t2 < 64; t2++)
+        bias[t2] = t2 % 3 ? 0.1f * t2 : -INFINITY;
+    Inputs p = set_up(shape_of("none", 64, 64, 16), 1, 2, 8);
+    p.s.bias = bias;
+    p.s.bias_stride[3] = 1;
+    for (int h = 0; h < 2; h++)
+        for (int c = 0; c < 8; c++)
+            p.v[key_row(&p.s, 0, h, 3) + c] = NAN;
+    differentiate(&p, SPARSE, NULL);
+    double error = gradient_error(&p, attends);
+    cr_expect(error <= 5e-6, "off by %g", error);
+    tear_down(&p);
+}
+
+static float *gradients_of(const Inputs *p)
+{
+    size_t queries = query_count(&p->s), keys = key_count(&p->s);
+    float *all = allocate_floats(queries + 2 * keys);
+    memcpy(all, p->dq, queries * sizeof *all);
+    memcpy(all + queries, p->dk, keys * sizeof *all);
+    memcpy(all + queries + keys, p->dv, keys * sizeof *all);
+    return all;
+}
+
+/* With dropout too, which is drawn again in each pass. */
+Test(gradients, do_not_change_with_the_size_of_a_block)
+{
+    for (int dropout = 0; dropout < 2; dropout++) {
+        float *first = NULL;
+        for (int n = -1; n < BLOCKS; n++) {
+            Inputs p = set_up(shape_of("local-global:20:5", 90, 130, n < 0 ? 130 : blocks[n]), 2, 2, 8);
+            p.s.dropout = 0.3f * dropout;
+            p.s.dropout_seed = 7;
+            differentiate(&p, SPARSE, NULL);
+            float *now = gradients_of(&p);
+            for (size_t i = 0; first && i < query_count(&p.s) + 2 * key_count(&p.s); i++)
+                cr_assert(fabs((double)now[i] - first[i]) <= 5e-6, "blocks of %d: %g and %g", blocks[n],
+                          (double)now[i], (double)first[i]);
+            if (first)
+                free(now);
+            else
+                first = now;
+            tear_down(&p);
+        }
+        free(first);
+    }
 }
 
 /* ---- Documents ---- */
@@ -593,7 +837,43 @@ Test(traps, no_kernel_with_lists_holds_a_matrix)
     }
 }
 
+/* What backward adds: the lists of the key blocks, and one number a row. */
+Test(gradients, need_no_matrix)
+{
+    for (int tokens = 4096; tokens <= 131072; tokens *= 2) {
+        AttentionShape s = shape_of("window:256", tokens, tokens, 128);
+        s.heads = s.kv_heads = 8;
+        s.head_size = 64;
+        size_t floats[MAX_BUFFERS], rows = tokens / 128;
+        cr_expect(find_kernel("block-sparse")->backward_workspace(&s, floats) == 2);
+        cr_expect(floats[0] == rows + 2 * rows * rows && floats[1] == (size_t)8 * tokens);
+        cr_expect(find_kernel("dense-mask")->backward_workspace(&s, floats) == 1 &&
+                  floats[0] == (size_t)8 * tokens * tokens);
+    }
+}
+
 #ifdef _OPENMP
+Test(gradients, threads_give_the_same_bits)
+{
+    for (int kernel = 0; kernel < KERNELS; kernel++) {
+        Inputs p = set_up(shape_of("local-global:20:5", 200, 230, 16), 2, 3, 24);
+        float *alone = NULL;
+        for (int threads = 1; threads <= 3; threads++) {
+            omp_set_num_threads(threads);
+            differentiate(&p, kernel, NULL);
+            float *now = gradients_of(&p);
+            size_t bytes = (query_count(&p.s) + 2 * key_count(&p.s)) * sizeof *now;
+            cr_expect(!alone || memcmp(alone, now, bytes) == 0, "%s on %d threads", names[kernel], threads);
+            if (alone)
+                free(now);
+            else
+                alone = now;
+        }
+        free(alone);
+        tear_down(&p);
+    }
+}
+
 Test(traps, threads_give_the_same_bits)
 {
     for (int kernel = 0; kernel < KERNELS; kernel++) {
