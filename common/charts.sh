@@ -15,9 +15,10 @@ column() { awk -F '\t' -v name="$2" 'NR == 1 { for (i = 1; i <= NF; i++) at[$i] 
 machine_of() { column "$1" machine | head -n 1; }
 threads_of() { n=$(column "$1" threads | head -n 1); [ "$n" = 1 ] && echo "1 thread" || echo "$n threads"; }
 
-notebook=$folder/common/notebook.tsv
-if [ -f "$notebook" ]; then
-    peers=$folder/common/pytorch.tsv
+# nine_bars NAME PEERS WHAT: common/NAME.tsv, with PyTorch's bars from common/PEERS.tsv where there are any
+nine_bars() {
+    notebook=$folder/common/$1.tsv peers=$folder/common/$2.tsv
+    [ -f "$notebook" ] || return 0
     [ -f "$peers" ] || peers=/dev/null
     awk -F '\t' -v OFS='\t' -v ours="$notebook" '
         BEGIN {
@@ -33,8 +34,10 @@ if [ -f "$notebook" ]; then
         }
         function value(kernel, set) { return (kernel, set) in peer ? peer[kernel, set] : "nan" }
     ' "$peers" "$notebook" | tr '\t' ' ' > "$tmp/bars"
-    gnuplot -e "data='$tmp/bars'; output='$folder/common/notebook'; machine='$(machine_of "$notebook"), $(threads_of "$notebook")'; peers=$([ "$peers" = /dev/null ] && echo 0 || echo 1); title_text='Nine ways to multi-head attention: 8 x 1024 tokens x 768, 12 heads'" common/notebook.gp || exit 1
-fi
+    gnuplot -e "data='$tmp/bars'; output='$folder/common/$1'; machine='$(machine_of "$notebook"), $(threads_of "$notebook")'; what='$3'; peers=$([ "$peers" = /dev/null ] && echo 0 || echo 1); title_text='Nine ways to multi-head attention: 8 x 1024 tokens x 768, 12 heads'" common/notebook.gp || exit 1
+}
+nine_bars notebook pytorch "forward"
+nine_bars notebook_both pytorch_both "forward and backward"
 
 # over_tokens FOLDER KERNELS TITLE
 over_tokens() {

@@ -30,13 +30,21 @@ bench() {
     "$build/$chapter/run" --bench --tsv "$tsv" "$@" > "$demo/log" || { cat "$demo/log"; status=1; }
 }
 
+# nine PASS TSV REPEAT: the notebook's implementations 1 to 9
+nine() {
+    notebook="--batch 8 --tokens 1024 --embed 768 --heads 12 --pass $1 --repeat $3"
+    for kernel in 03_multihead_wrapper:wrapper 04_packed_qkv:split-heads 04_packed_qkv:packed-qkv 05_einsum_style:einsum \
+        07_flash_tiled:sdpa 07_flash_tiled:sdpa-mask 04_packed_qkv:torch-mha 07_flash_tiled:torch-mha-noweights 09_block_sparse:flex; do
+        bench "${kernel%:*}" "common/$2" $notebook --kernel "${kernel#*:}"
+    done
+}
+
 say "== The notebook's nine implementations, 8 x 1024 tokens x 768, 12 heads, forward"
-notebook="--batch 8 --tokens 1024 --embed 768 --heads 12 --repeat 5"
-for kernel in 03_multihead_wrapper:wrapper 04_packed_qkv:split-heads 04_packed_qkv:packed-qkv 05_einsum_style:einsum \
-    07_flash_tiled:sdpa 07_flash_tiled:sdpa-mask 04_packed_qkv:torch-mha 07_flash_tiled:torch-mha-noweights 09_block_sparse:flex; do
-    bench "${kernel%:*}" common/notebook.tsv $notebook --kernel "${kernel#*:}"
-done
+nine forward notebook.tsv 5
 sh common/notebook_table.sh "$demo/common/notebook.tsv"
+say "== The same, forward and backward"
+nine both notebook_both.tsv 2
+sh common/notebook_table.sh "$demo/common/notebook_both.tsv"
 
 say "== Time over T, 4 heads of 64"
 for tokens in 128 256 512 1024 2048 4096; do

@@ -1,5 +1,5 @@
 # The notebook's speed chart: implementations 1 to 9 as bars. Variables: data (number, label, ms, PyTorch ms or nan, forced ms
-# or nan), output (without ending), machine, peers (1 where PyTorch's columns are filled), title_text.
+# or nan), output (without ending), machine, what (forward or both), peers (1 where PyTorch's columns are filled), title_text.
 set encoding utf8
 set style data boxes
 set boxwidth (peers ? 0.27 : 0.6)
@@ -8,7 +8,7 @@ set grid ytics lc rgb "#dddddd"
 set border 3 lc rgb "#555555"
 set tics nomirror textcolor rgb "#333333"
 set xtics rotate by -35 left
-set ylabel "milliseconds, forward (shorter is better)"
+set ylabel "milliseconds, " . what . " (shorter is better)"
 set title title_text . "\n" . machine noenhanced
 set yrange [0:*]
 set offsets 0.3, 0.6, 0, 0

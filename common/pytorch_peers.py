@@ -3,10 +3,10 @@
 
     make demo && PYTHON=python-with-torch make peers
 
-Times the nine modules of the mha-implementations notebook, (8, 1024, 768) with 12 heads, forward on the CPU: ours, PyTorch
+Times the nine modules of the mha-implementations notebook, (8, 1024, 768) with 12 heads, forward (or with PASS=both forward and backward) on the CPU: ours, PyTorch
 as installed, and PyTorch with MKL's fast path forced (on processors of another maker than Intel's, MKL takes a slow path unless
-a preloaded function says otherwise). One run, interleaved round by round, medians. Writes build/demo/common/pytorch.tsv, which
-the charts pick up, and prints the table.
+a preloaded function says otherwise). One run, interleaved round by round, medians. Writes build/demo/common/pytorch.tsv (or
+pytorch_both.tsv), which the charts pick up, and prints the table.
 """
 import os
 import statistics
@@ -16,6 +16,7 @@ import tempfile
 import time
 
 BATCH, TOKENS, EMBED, HEADS = 8, 1024, 768, 12
+BOTH = os.environ.get("PASS", "forward") == "both"
 CHAPTER = {
     "wrapper": "03_multihead_wrapper", "split-heads": "04_packed_qkv", "packed-qkv": "04_packed_qkv",
     "einsum": "05_einsum_style", "sdpa": "07_flash_tiled", "sdpa-mask": "07_flash_tiled",
@@ -127,15 +128,25 @@ def work():
     torch.manual_seed(123)
     x = torch.randn(BATCH, TOKENS, EMBED)
     makers, ready = modules(torch), {}
-    with torch.no_grad():
+    if BOTH:
+        x.requires_grad_()
+
+    def run(name):
+        if BOTH:
+            x.grad = None
+            ready[name](x).sum().backward()
+        else:
+            ready[name](x)
+
+    with torch.set_grad_enabled(BOTH):
         for line in sys.stdin:
             name = line.strip()
             try:
                 if name not in ready:
                     ready[name] = makers[name]()
-                    ready[name](x)  # warm
+                    run(name)  # warm
                 start = time.perf_counter()
-                ready[name](x)
+                run(name)
                 answer = 1e3 * (time.perf_counter() - start)
             except Exception as problem:  # a module that this PyTorch lacks leaves a gap, not a stop
                 print(f"{name}: {problem}", file=sys.stderr)
@@ -166,7 +177,7 @@ def time_ours(build, name, folder):
     if os.path.exists(tsv):
         os.remove(tsv)
     subprocess.run([f"{build}/{CHAPTER[name]}/run", "--kernel", name, "--batch", str(BATCH), "--tokens", str(TOKENS),
-                    "--embed", str(EMBED), "--heads", str(HEADS), "--bench", "--repeat", "2", "--tsv", tsv],
+                    "--embed", str(EMBED), "--heads", str(HEADS), "--pass", "both" if BOTH else "forward", "--bench", "--repeat", "2", "--tsv", tsv],
                    check=True, stdout=subprocess.DEVNULL)
     row = read_tsv(tsv)[0]
     return float(row["ms_min"]), row["machine"]
@@ -175,7 +186,7 @@ def time_ours(build, name, folder):
 def main():
     rounds = int(os.environ.get("ROUNDS", "5"))
     build = os.environ.get("BUILD", "build")
-    out = os.path.join(build, "demo/common/pytorch.tsv")
+    out = os.path.join(build, "demo/common/pytorch_both.tsv" if BOTH else "demo/common/pytorch.tsv")
     os.makedirs(os.path.dirname(out), exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         source, library = os.path.join(folder, "fast.c"), os.path.join(folder, "fast.so")
