@@ -2,17 +2,22 @@
 #ifndef FLASH_MODULES_H
 #define FLASH_MODULES_H
 
+#include "flash_tiled_simd.h"
 #include "shape.h"
 
 /* One packed projection, attention, a projection: implementation 5, causal, and 6, which with its mask sees
  * the future only. The mask is s->mask. Dropout is drawn by position.
  *
- *   out                      (B,T,C_out)     written
- *   qkv                      (B,T,3*C_out)   written: each token's queries, then its keys, then its values,
- * NH heads of HS each context                  (B,T,C_out)     written: the heads side by side scratch
- * flash_view_scratch(s) floats x                        (B,T,C)         read qkv_weight (3*C_out,C)     read
- *   proj_weight, proj_bias   (C_out,C_out), (C_out)   read */
-void sdpa_module(float *out, float *qkv, float *context, float *scratch, const float *x,
+ *   out                      (B,T,C_out)               written
+ *   qkv                      (B,T,3*C_out)             written: each token's queries, then its keys, then its
+ *                                                      values, NH heads of HS each
+ *   context                  (B,T,C_out)               written: the heads side by side
+ *   lse                      (B,NH,T)                  written, for the backward pass; NULL: not wanted
+ *   scratch                  flash_view_scratch(s)
+ *   x                        (B,T,C)                   read
+ *   qkv_weight               (3*C_out,C)               read
+ *   proj_weight, proj_bias   (C_out,C_out), (C_out)    read */
+void sdpa_module(float *out, float *qkv, float *context, float *lse, float *scratch, const float *x,
                  const float *qkv_weight, const float *proj_weight, const float *proj_bias,
                  const AttentionShape *s);
 
@@ -22,9 +27,12 @@ void sdpa_module(float *out, float *qkv, float *context, float *scratch, const f
  *   in_proj_weight   (3*C,C)   read
  *   inner_weight     (C,C)     read: its own out_proj.weight
  *   the others as above */
-void torch_mha_module(float *out, float *qkv, float *context, float *attended, float *scratch, const float *x,
-                      const float *in_proj_weight, const float *inner_weight, const float *proj_weight,
-                      const float *proj_bias, const AttentionShape *s);
+void torch_mha_module(float *out, float *qkv, float *context, float *lse, float *attended, float *scratch,
+                      const float *x, const float *in_proj_weight, const float *inner_weight,
+                      const float *proj_weight, const float *proj_bias, const AttentionShape *s);
+
+/* The heads of qkv and context where they lie: a head is HS columns, a token a row. */
+FlashView packed_view(float *context, float *lse, const float *qkv, const AttentionShape *s);
 
 /* A boolean mask tensor of n pairs as the bias it stands for, 0 where a query may attend and -inf where not.
  * The two functions of PyTorch that take such a tensor read it in opposite ways: true_may_attend

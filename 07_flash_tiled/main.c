@@ -1,6 +1,7 @@
 /* Chapter 7: flash attention in tiles. Its kernels, and its story. */
 #include "chapter.h"
 #include "flash_modules.h"
+#include "flash_modules_backward.h"
 #include "flash_tiled.h"
 #include "flash_tiled_backward.h"
 #include "flash_tiled_simd.h"
@@ -96,7 +97,7 @@ static void backward_simd(const Tensors *t, const AttentionShape *s)
 
 /* ---- Modules ---- */
 
-enum { QKV, CONTEXT, SCRATCH, ATTENDED }; /* their workspace */
+enum { QKV, CONTEXT, SCRATCH, LSE, ATTENDED }; /* their workspace */
 
 static int workspace_sdpa(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
@@ -104,14 +105,15 @@ static int workspace_sdpa(const AttentionShape *s, size_t floats[MAX_BUFFERS])
     floats[QKV] = 3 * row;
     floats[CONTEXT] = row;
     floats[SCRATCH] = flash_view_scratch(s);
-    return 3;
+    floats[LSE] = lse_count(s);
+    return 4;
 }
 
 static int workspace_torch_mha(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
     workspace_sdpa(s, floats);
     floats[ATTENDED] = floats[CONTEXT];
-    return 4;
+    return 5;
 }
 
 static void parameters_sdpa(Parameters *p, const AttentionShape *s)
@@ -122,8 +124,48 @@ static void parameters_sdpa(Parameters *p, const AttentionShape *s)
 
 static void forward_sdpa(const Tensors *t, const AttentionShape *s)
 {
-    sdpa_module(t->out, t->workspace[QKV], t->workspace[CONTEXT], t->workspace[SCRATCH], t->x,
-                t->parameter[0], t->parameter[1], t->parameter[2], s);
+    float *const *w = t->workspace;
+    sdpa_module(t->out, w[QKV], w[CONTEXT], w[LSE], w[SCRATCH], t->x, t->parameter[0], t->parameter[1],
+                t->parameter[2], s);
+}
+
+enum { D_QKV, D_CONTEXT, DELTA, D_SCRATCH, PARTIAL, D_ATTENDED }; /* their backward workspace */
+
+static int backward_workspace_sdpa(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    size_t row = (size_t)s->batch * s->tokens * s->embed_out;
+    floats[D_QKV] = 3 * row;
+    floats[D_CONTEXT] = row;
+    floats[DELTA] = lse_count(s);
+    floats[D_SCRATCH] = flash_backward_scratch(s);
+    floats[PARTIAL] = flash_backward_partials(s);
+    return 5;
+}
+
+static int backward_workspace_torch_mha(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    backward_workspace_sdpa(s, floats);
+    floats[D_ATTENDED] = floats[D_CONTEXT];
+    return 6;
+}
+
+static ModuleScratch module_scratch(const Tensors *t)
+{
+    float *const *d = t->backward_workspace;
+    return (ModuleScratch){.d_qkv = d[D_QKV],
+                           .d_context = d[D_CONTEXT],
+                           .d_attended = d[D_ATTENDED],
+                           .delta = d[DELTA],
+                           .scratch = d[D_SCRATCH],
+                           .partial = d[PARTIAL]};
+}
+
+static void backward_sdpa(const Tensors *t, const AttentionShape *s)
+{
+    float *const *w = t->workspace, *const *d = t->d_parameter;
+    ModuleScratch scratch = module_scratch(t);
+    sdpa_module_backward(t->dx, d[0], d[1], d[2], &scratch, t->dout, w[QKV], w[CONTEXT], w[LSE], t->x,
+                         t->parameter[0], t->parameter[1], s);
 }
 
 /* The inner out_proj is drawn before in_proj_weight, which comes from xavier_uniform: see
@@ -138,9 +180,17 @@ static void parameters_torch_mha(Parameters *p, const AttentionShape *s)
 
 static void forward_torch_mha(const Tensors *t, const AttentionShape *s)
 {
-    torch_mha_module(t->out, t->workspace[QKV], t->workspace[CONTEXT], t->workspace[ATTENDED],
-                     t->workspace[SCRATCH], t->x, t->parameter[1], t->parameter[0], t->parameter[2],
-                     t->parameter[3], s);
+    float *const *w = t->workspace;
+    torch_mha_module(t->out, w[QKV], w[CONTEXT], w[LSE], w[ATTENDED], w[SCRATCH], t->x, t->parameter[1],
+                     t->parameter[0], t->parameter[2], t->parameter[3], s);
+}
+
+static void backward_torch_mha(const Tensors *t, const AttentionShape *s)
+{
+    float *const *w = t->workspace, *const *d = t->d_parameter;
+    ModuleScratch scratch = module_scratch(t);
+    torch_mha_module_backward(t->dx, d[1], d[0], d[2], d[3], &scratch, t->dout, w[QKV], w[CONTEXT], w[LSE],
+                              w[ATTENDED], t->x, t->parameter[1], t->parameter[0], t->parameter[2], s);
 }
 
 static const char *needs_embed_out_equal(const AttentionShape *s)
@@ -218,7 +268,9 @@ static const Kernel kernels[] = {
      .what = "implementation 5: one packed projection, scaled_dot_product_attention(is_causal=True)",
      .takes = TAKES_X,
      .forward = forward_sdpa,
+     .backward = backward_sdpa,
      .workspace = workspace_sdpa,
+     .backward_workspace = backward_workspace_sdpa,
      .dropout = DROPOUT_POSITION,
      .own_mask = OWN_MASK_CAUSAL,
      .parameters = parameters_sdpa,
@@ -227,7 +279,9 @@ static const Kernel kernels[] = {
      .what = "implementation 6: the same with a mask tensor, which makes each query see later keys only",
      .takes = TAKES_X,
      .forward = forward_sdpa,
+     .backward = backward_sdpa,
      .workspace = workspace_sdpa,
+     .backward_workspace = backward_workspace_sdpa,
      .dropout = DROPOUT_POSITION,
      .own_mask = OWN_MASK_FUTURE,
      .parameters = parameters_sdpa,
@@ -236,7 +290,9 @@ static const Kernel kernels[] = {
      .what = "implementation 8: nn.MultiheadAttention(need_weights=False)",
      .takes = TAKES_X,
      .forward = forward_torch_mha,
+     .backward = backward_torch_mha,
      .workspace = workspace_torch_mha,
+     .backward_workspace = backward_workspace_torch_mha,
      .dropout = DROPOUT_POSITION,
      .refuses = needs_embed_out_equal,
      .own_mask = OWN_MASK_CAUSAL,
@@ -351,8 +407,8 @@ static double apart_with_tensor(void (*read)(float *bias, const bool *tensor, si
     s.bias = bias;
     s.bias_stride[2] = T;
     s.bias_stride[3] = 1;
-    sdpa_module(out, t->workspace[QKV], t->workspace[CONTEXT], t->workspace[SCRATCH], t->x, t->parameter[0],
-                t->parameter[1], t->parameter[2], &s);
+    sdpa_module(out, t->workspace[QKV], t->workspace[CONTEXT], NULL, t->workspace[SCRATCH], t->x,
+                t->parameter[0], t->parameter[1], t->parameter[2], &s);
     double apart = furthest(out, expected, count);
     free(triu);
     free(bias);

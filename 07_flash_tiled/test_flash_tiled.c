@@ -521,7 +521,7 @@ static void sdpa_with_tensor(float *out, const Run *run, const bool *tensor,
     s.bias = bias;
     s.bias_stride[2] = T;
     s.bias_stride[3] = 1;
-    sdpa_module(out, run->t.workspace[0], run->t.workspace[1], run->t.workspace[2], run->t.x,
+    sdpa_module(out, run->t.workspace[0], run->t.workspace[1], NULL, run->t.workspace[2], run->t.x,
                 run->t.parameter[0], run->t.parameter[1], run->t.parameter[2], &s);
     free(bias);
 }
