@@ -1,0 +1,413 @@
+/* What is particular to the gradients: PyTorch's values for the notebook's modules, tiles and their edges, the
+ * bias summed where it was broadcast, what is not read, memory. Every kernel's gradients against the oracle
+ * over the ugly shapes: common/test_chapter.c. */
+#include "flash_tiled_simd_backward.h"
+#include "memory.h"
+#include "reference.h"
+
+#include <criterion/criterion.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+extern const Chapter chapter;
+
+static const Kernel *find_kernel(const char *name)
+{
+    const Kernel *kernel = chapter.kernels;
+    while (strcmp(kernel->name, name) != 0)
+        kernel++;
+    return kernel;
+}
+
+/* ---- PyTorch's numbers ---- */
+
+static void hold_the_notebook(const char *name)
+{
+    if (getenv("SMALL"))
+        return;
+    char *argv[] = {"run", "--batch", "8",  "--tokens", "1024", "--embed",
+                    "768", "--heads", "12", "--pass",   "both"};
+    Options options;
+    parse_options(&options, sizeof argv / sizeof *argv, argv);
+    static Run run;
+    Refusal refusal = open_run(&run, &chapter, find_kernel(name), &options, NULL, 1);
+    cr_assert(refusal.exit_code == 0, "%s: %s", name, refusal.reason);
+    forward_run(&run);
+    backward_run(&run);
+    const char *wrong = check_reference(&run, "07_flash_tiled/reference/notebook_modules.tsv");
+    cr_expect(!wrong, "%s: %s", name, wrong);
+}
+
+Test(sdpa_gradient, holds_every_value_of_the_notebook)
+{
+    hold_the_notebook("sdpa");
+}
+
+Test(sdpa_mask_gradient, holds_every_value_of_the_notebook)
+{
+    hold_the_notebook("sdpa-mask");
+}
+
+Test(torch_mha_gradient, holds_every_value_of_the_notebook)
+{
+    hold_the_notebook("torch-mha-noweights");
+}
+
+/* ---- A problem to change by hand, and its gradients ---- */
+
+enum { DQ, DK, DV, DBIAS, GRADIENTS };
+static const char *const gradient_name[] = {"dq", "dk", "dv", "dbias"};
+
+typedef struct {
+    AttentionShape s;
+    float *q, *k, *v, *dout, *bias; /* bias NULL: none */
+    float *out, *lse;
+    float *gradient[GRADIENTS];
+    size_t count[GRADIENTS];
+} Gradients;
+
+static Gradients problem(int batch, int heads, int tokens, int key_tokens, int head_size)
+{
+    Gradients p = {.s = {.batch = batch,
+                         .heads = heads,
+                         .kv_heads = heads,
+                         .tokens = tokens,
+                         .key_tokens = key_tokens,
+                         .head_size = head_size,
+                         .scale = 1 / sqrtf((float)head_size),
+                         .tile_rows = 16,
+                         .tile_columns = 24}};
+    p.count[DQ] = query_count(&p.s);
+    p.count[DK] = p.count[DV] = key_count(&p.s);
+    RandomStream stream;
+    seed_stream(&stream, STREAM_CPU, 123);
+    float **drawn[] = {&p.q, &p.k, &p.v, &p.dout};
+    const size_t counts[] = {query_count(&p.s), key_count(&p.s), key_count(&p.s), query_count(&p.s)};
+    for (int i = 0; i < 4; i++) {
+        *drawn[i] = allocate_floats(counts[i]);
+        draw_randn(&stream, *drawn[i], counts[i]);
+    }
+    p.out = allocate_floats(query_count(&p.s));
+    p.lse = allocate_floats(lse_count(&p.s));
+    return p;
+}
+
+/* A random bias that has the axes (B, NH, T, TK) whose bit is set in `axes`. */
+static void add_bias(Gradients *p, int axes)
+{
+    const int size[4] = {p->s.batch, p->s.heads, p->s.tokens, p->s.key_tokens};
+    size_t count = 1;
+    for (int i = 3; i >= 0; i--) {
+        bool own = axes >> (3 - i) & 1;
+        p->s.bias_stride[i] = own ? count : 0;
+        count *= own ? size[i] : 1;
+    }
+    RandomStream stream;
+    seed_stream(&stream, STREAM_CPU, 7);
+    p->count[DBIAS] = count;
+    p->s.bias = p->bias = allocate_floats(count);
+    draw_randn(&stream, p->bias, count);
+}
+
+/* Forward and backward with the kernel of this name; gradients and workspace poisoned first. */
+static void differentiate(Gradients *p, const char *name)
+{
+    const Kernel *kernel = find_kernel(name);
+    Tensors t = {.q = p->q, .k = p->k, .v = p->v, .out = p->out, .lse = p->lse, .dout = p->dout};
+    size_t floats[MAX_BUFFERS], backward_floats[MAX_BUFFERS];
+    int buffers = kernel->workspace ? kernel->workspace(&p->s, floats) : 0;
+    int backward_buffers = kernel->backward_workspace(&p->s, backward_floats);
+    for (int i = 0; i < buffers; i++) {
+        t.workspace[i] = allocate_floats(floats[i]);
+        memset(t.workspace[i], 0xff, floats[i] * sizeof(float));
+    }
+    for (int i = 0; i < backward_buffers; i++) {
+        t.backward_workspace[i] = allocate_floats(backward_floats[i]);
+        memset(t.backward_workspace[i], 0xff, backward_floats[i] * sizeof(float));
+    }
+    if (kernel->weights)
+        t.weights = allocate_floats(weights_count(&p->s));
+    for (int i = 0; i < GRADIENTS; i++) {
+        p->gradient[i] = p->count[i] ? allocate_floats(p->count[i]) : NULL;
+        if (p->count[i])
+            memset(p->gradient[i], 0xff, p->count[i] * sizeof(float));
+    }
+    t.dq = p->gradient[DQ];
+    t.dk = p->gradient[DK];
+    t.dv = p->gradient[DV];
+    t.dbias = p->gradient[DBIAS];
+    kernel->forward(&t, &p->s);
+    kernel->backward(&t, &p->s);
+    for (int i = 0; i < buffers; i++)
+        free(t.workspace[i]);
+    for (int i = 0; i < backward_buffers; i++)
+        free(t.backward_workspace[i]);
+    free(t.weights);
+}
+
+static void free_gradients(Gradients *p)
+{
+    for (int i = 0; i < GRADIENTS; i++)
+        free(p->gradient[i]);
+}
+
+static void free_problem(Gradients *p)
+{
+    free(p->q);
+    free(p->k);
+    free(p->v);
+    free(p->dout);
+    free(p->bias);
+    free(p->out);
+    free(p->lse);
+    free_gradients(p);
+}
+
+/* The kernel's gradients are those in `expected`, but for rounding. */
+static void expect_same(const Gradients *expected, Gradients p, const char *name, const char *what)
+{
+    differentiate(&p, name);
+    for (int g = 0; g < GRADIENTS; g++) {
+        double apart = 0, largest = 0;
+        for (size_t i = 0; i < p.count[g]; i++) {
+            double difference = fabs((double)p.gradient[g][i] - (double)expected->gradient[g][i]);
+            apart = difference <= apart ? apart : difference; /* a NaN stays */
+            largest = fmax(largest, fabs((double)expected->gradient[g][i]));
+        }
+        cr_expect(apart <= 1e-5 * (1 + largest), "%s, %s: %s off by %g of %g", name, what, gradient_name[g],
+                  apart, largest);
+    }
+    free_gradients(&p);
+}
+
+/* ---- Tiles ---- */
+
+Test(tiled_gradient, tiles_of_any_size_give_the_same)
+{
+    static const int sizes[][2] = {{64, 64}, {1, 1}, {3, 5}, {1, 300}, {300, 1}, {7, 64}, {500, 500}};
+    for (int causal = 0; causal < 2; causal++) {
+        Gradients p = problem(2, 2, 97, 131, 20);
+        p.s.causal = causal;
+        differentiate(&p, "materialised");
+        for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+            char what[40];
+            p.s.tile_rows = sizes[i][0];
+            p.s.tile_columns = sizes[i][1];
+            snprintf(what, sizeof what, "%d x %d", sizes[i][0], sizes[i][1]);
+            expect_same(&p, p, "tiled", what);
+        }
+        free_problem(&p);
+    }
+}
+
+/* One more and one less than every size that the fast kernel is cut at. */
+Test(simd_gradient, edges_of_its_tiles)
+{
+    enum { R = FLASH_BACK_ROWS, K = FLASH_BACK_KEYS, V = VECTORS * LANES };
+    const int tokens[] = {1, TILE - 1, TILE, TILE + 1, R - 1, R, R + 1, 2 * R + TILE};
+    const int keys[] = {1, TILE + 1, V - 1, V, V + 1, K - 1, K, K + 1, 2 * K + V + 1};
+    const int head_sizes[] = {1, 2 * LANES - 1, 2 * LANES, 2 * LANES + 1, 64};
+    for (int i = 0; i < 8; i++)
+        for (int j = 0; j < 9; j++)
+            for (int causal = 0; causal < 2; causal++) {
+                Gradients p = problem(1, 1, tokens[i], keys[j], head_sizes[(i + j) % 5]);
+                char what[100];
+                snprintf(what, sizeof what, "T %d, TK %d, HS %d%s", p.s.tokens, p.s.key_tokens, p.s.head_size,
+                         causal ? ", causal" : "");
+                p.s.causal = causal;
+                differentiate(&p, "tiled");
+                expect_same(&p, p, "simd", what);
+                free_problem(&p);
+            }
+}
+
+/* A head whose keys are shared out among tasks: their partial dq are added up. */
+Test(simd_gradient, one_head_in_several_tasks)
+{
+    Gradients p = problem(1, 2, 130, 7 * FLASH_BACK_KEYS + 5, 24);
+    cr_assert(flash_backward_partials(&p.s) == 7 * query_count(&p.s), "8 blocks of keys, each a task");
+    differentiate(&p, "tiled");
+    expect_same(&p, p, "simd", "8 tasks a head");
+    free_problem(&p);
+}
+
+Test(gradients, same_bits_for_any_number_of_threads)
+{
+#ifdef _OPENMP
+    static const char *const names[] = {"materialised", "tiled", "simd"};
+    for (int i = 0; i < 3; i++) {
+        Gradients p = problem(2, 3, 150, 450, 40);
+        p.s.causal = true;
+        add_bias(&p, 5); /* per head and key */
+        omp_set_num_threads(1);
+        differentiate(&p, names[i]);
+        for (int threads = 2; threads <= 3; threads++) {
+            omp_set_num_threads(threads);
+            Gradients again = p;
+            differentiate(&again, names[i]);
+            for (int g = 0; g < GRADIENTS; g++)
+                cr_expect(memcmp(p.gradient[g], again.gradient[g], p.count[g] * sizeof(float)) == 0,
+                          "%s, %d threads, %s", names[i], threads, gradient_name[g]);
+            free_gradients(&again);
+        }
+        free_problem(&p);
+    }
+#endif
+}
+
+/* ---- The bias ---- */
+
+/* Present or broadcast along each of its four axes: its gradient is summed over what it was broadcast to. */
+Test(gradients, a_broadcast_bias_gets_the_sum)
+{
+    for (int axes = 0; axes < 16; axes++) {
+        Gradients p = problem(2, 2, 60, 250, 12);
+        char what[40];
+        snprintf(what, sizeof what, "axes %d", axes);
+        p.s.causal = axes % 3 == 0;
+        add_bias(&p, axes);
+        differentiate(&p, "materialised");
+        expect_same(&p, p, "tiled", what);
+        expect_same(&p, p, "simd", what);
+        free_problem(&p);
+    }
+}
+
+/* ---- Dropout ---- */
+
+/* The backward pass asks again which pairs were dropped: the same answer in any order. */
+Test(dropout_gradient, does_not_depend_on_tiles)
+{
+    Gradients p = problem(1, 2, 90, 250, 16);
+    p.s.dropout = 0.4f;
+    p.s.dropout_seed = 7;
+    differentiate(&p, "tiled");
+    p.s.tile_rows = 5;
+    p.s.tile_columns = 11;
+    expect_same(&p, p, "tiled", "5 x 11");
+    expect_same(&p, p, "simd", "dropout");
+    free_problem(&p);
+}
+
+/* delta is rowsum(dO * O), with the O that dropout has been through. With one key and out = v / (1 - p) where
+ * it was kept, dP = delta and so dq = 0 in every row, whether the key was kept or not. */
+Test(dropout_gradient, delta_is_of_what_was_kept)
+{
+    static const char *const names[] = {"tiled", "simd"};
+    for (int i = 0; i < 2; i++) {
+        Gradients p = problem(1, 1, 100, 1, 8);
+        p.s.dropout = 0.5f;
+        p.s.dropout_seed = 3;
+        differentiate(&p, names[i]);
+        for (size_t j = 0; j < p.count[DQ]; j++)
+            cr_assert(fabsf(p.gradient[DQ][j]) <= 1e-5f, "%s: dq %g", names[i], p.gradient[DQ][j]);
+        free_problem(&p);
+    }
+}
+
+/* ---- What is not seen ---- */
+
+Test(gradients, rows_without_keys_give_zeros)
+{
+    static const char *const names[] = {"materialised", "tiled", "simd"};
+    for (int i = 0; i < 3; i++) {
+        Gradients p = problem(1, 2, 90, 40, 12); /* the first 50 rows see no key */
+        p.s.causal = true;
+        differentiate(&p, names[i]);
+        for (int h = 0; h < 2; h++)
+            for (size_t j = query_row(&p.s, 0, h, 0); j < query_row(&p.s, 0, h, 50); j++)
+                cr_assert(p.gradient[DQ][j] == 0, "%s: dq %g", names[i], p.gradient[DQ][j]);
+        free_problem(&p);
+    }
+}
+
+/* A cache's room beyond the valid keys holds anything; its gradient is zero. */
+Test(padding_gradient, is_never_read)
+{
+    static const char *const names[] = {"tiled", "simd"};
+    int lengths[2] = {37, 0};
+    for (int i = 0; i < 2; i++) {
+        Gradients p = problem(2, 1, 60, 300, 12);
+        p.s.lengths = lengths;
+        add_bias(&p, 1);
+        for (int b = 0; b < 2; b++)
+            for (size_t j = key_row(&p.s, b, 0, lengths[b]); j < key_row(&p.s, b + 1, 0, 0); j++)
+                p.k[j] = p.v[j] = NAN;
+        differentiate(&p, names[i]);
+        for (int g = 0; g < GRADIENTS; g++)
+            for (size_t j = 0; j < p.count[g]; j++)
+                cr_assert(!isnan(p.gradient[g][j]), "%s: %s[%zu]", names[i], gradient_name[g], j);
+        for (int b = 0; b < 2; b++)
+            for (size_t j = key_row(&p.s, b, 0, lengths[b]); j < key_row(&p.s, b + 1, 0, 0); j++)
+                cr_assert(p.gradient[DK][j] == 0 && p.gradient[DV][j] == 0, "%s", names[i]);
+        free_problem(&p);
+    }
+}
+
+/* A NaN in q, k, v or dout is not lost on the way. */
+Test(gradients, nan_reaches_them)
+{
+    static const char *const names[] = {"materialised", "tiled", "simd"};
+    for (int i = 0; i < 3; i++)
+        for (int tensor = 0; tensor < 4; tensor++) {
+            Gradients p = problem(1, 1, 70, 70, 10);
+            (tensor == 0 ? p.q : tensor == 1 ? p.k : tensor == 2 ? p.v : p.dout)[66 * 10 + 3] = NAN;
+            differentiate(&p, names[i]);
+            for (int g = DQ; g <= DK; g++)
+                cr_expect(isnan(p.gradient[g][66 * 10]), "%s, tensor %d: %s", names[i], tensor,
+                          gradient_name[g]);
+            free_problem(&p);
+        }
+}
+
+/* ---- Large scores ---- */
+
+/* Weights are computed again as 2^(score - lse): where a score of thousands is not rounded as it was in
+ * forward, they no longer sum to one. */
+Test(simd_gradient, large_scores_of_long_heads)
+{
+    Gradients p = problem(1, 1, 90, 90, 256);
+    for (size_t i = 0; i < query_count(&p.s); i++)
+        p.q[i] *= 30, p.k[i] *= 30;
+    for (size_t i = 0; i < query_count(&p.s); i++)
+        p.dout[i] = i % 256 == 0; /* then dv[.][0] is the sum of a key's weights, and all of them sum to T */
+    differentiate(&p, "simd");
+    double sum = 0;
+    for (int t2 = 0; t2 < 90; t2++)
+        sum += p.gradient[DV][t2 * 256];
+    cr_expect(fabs(sum - 90) <= 90 * 4e-4, "the weights of 90 rows sum to %.6f", sum);
+    free_problem(&p);
+}
+
+/* ---- Memory ---- */
+
+static size_t backward_floats(const char *name, int tokens)
+{
+    AttentionShape s = {.batch = 1,
+                        .heads = 12,
+                        .kv_heads = 12,
+                        .tokens = tokens,
+                        .key_tokens = tokens,
+                        .head_size = 64,
+                        .tile_rows = 64,
+                        .tile_columns = 64};
+    size_t floats[MAX_BUFFERS], sum = 0;
+    for (int i = find_kernel(name)->backward_workspace(&s, floats); i-- > 0;)
+        sum += floats[i];
+    return sum;
+}
+
+Test(gradients, memory_is_linear_in_tokens)
+{
+    cr_expect(backward_floats("tiled", 1024) == 12 * 1024, "delta alone, one number a row");
+    cr_expect(backward_floats("tiled", 1 << 20) == 12 << 20);
+    size_t task = backward_floats("simd", 1) - 12, tokens = 1 << 20;
+    cr_expect(task <= 12 * 1000 * 1000 / 4, "%zu floats for 12 heads", task);
+    cr_expect(backward_floats("simd", tokens) <= 2 * task + 12 * tokens + 12 * tokens * 64,
+              "delta, and one more dq: 12 heads are cut in two");
+}
