@@ -141,7 +141,7 @@ static void poison_gradients(Run *run)
 static void keep_worst(Run *run, const char *name, Comparison c)
 {
     const Comparison *worst = &run->gradient;
-    bool worse = worst->count == 0 || (worst->passed && (!c.passed || c.relative_l2 > worst->relative_l2));
+    bool worse = worst->passed && (!c.passed || c.relative_l2 >= worst->relative_l2);
     if (!worse)
         return;
     run->gradient = c;
@@ -209,8 +209,9 @@ static void check_core_gradients(Run *run, const size_t *rows, size_t count, con
     free(delta);
 }
 
-/* Only what the oracle has judged: the rest of expected is NaN. */
-static Comparison compare_judged(const float *ours, double *expected, size_t count, double tolerance)
+/* Only what the oracle has judged: the rest of expected is NaN. Only in a sample may it have judged nothing. */
+static Comparison compare_judged(const float *ours, double *expected, size_t count, double tolerance,
+                                 bool sampled)
 {
     float *picked = allocate_floats(count);
     size_t judged = 0;
@@ -220,6 +221,7 @@ static Comparison compare_judged(const float *ours, double *expected, size_t cou
             expected[judged++] = expected[i];
         }
     Comparison result = compare_gradient(picked, expected, judged, tolerance, ORDINARY);
+    result.passed = result.passed && (judged > 0 || sampled);
     free(picked);
     return result;
 }
@@ -240,13 +242,13 @@ static void check_module_gradients(Run *run, const size_t *rows, size_t count, c
     Description description = describe(run);
     oracle_module_backward(dx, parameters, run->parameters.count, run->sampled, run->t.dout, run->t.x,
                            &description.module, keep, s);
-    keep_worst(run, "dx", compare_judged(run->t.dx, dx, x_size, run->out.tolerance));
+    keep_worst(run, "dx", compare_judged(run->t.dx, dx, x_size, run->out.tolerance, run->sampled));
     for (int i = 0; i < run->parameters.count; i++) {
         char name[64];
         snprintf(name, sizeof name, "d_%s", run->parameters.list[i].name);
         keep_worst(run, name,
                    compare_judged(run->parameters.list[i].gradient, parameters[i].gradient,
-                                  parameters[i].count, run->out.tolerance));
+                                  parameters[i].count, run->out.tolerance, run->sampled));
         free(parameters[i].gradient);
     }
     free_description(&description);
