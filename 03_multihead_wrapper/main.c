@@ -179,13 +179,23 @@ static const double published[6][4] = {
     {-.5675, -.0843, .5478, .3589}, {-.5526, -.0981, .5321, .3428}, {-.5299, -.1081, .5077, .3493},
 };
 
+/* The gradient of x, PyTorch 2.15 on a CPU: the same module, out.sum().backward(). */
+static const double torch_dx[6][3] = {
+    {.214061, -.213589, .928143}, {.236436, .029997, .445937}, {.141112, .000749, .309583},
+    {.087207, -.015911, .247899}, {.058465, .000893, .141188}, {.018967, -.008367, .068629},
+};
+
 static void story(Story *story)
 {
     story_heading(story, "Two heads of CausalAttention, side by side");
     story_say(story, "\"Your journey starts with one step\", six tokens of three numbers. Each head makes "
                      "two numbers of them: columns 1 and 2 are the first head's, 3 and 4 the second's.");
-    const StoryRun *two = story_run(story, "stacked", "");
+    const StoryRun *two = story_run(story, "stacked", "--pass both");
     story_expect(story, "out, seed 123", two->t.out, &published[0][0], 6, 4);
+
+    story_say(story, "\nBackward, from the sum of all of out. x went to both heads and to three matrices in "
+                     "each, so six parts are added up. Beside PyTorch's:");
+    story_beside(story, "gradient of x", "PyTorch's", two->t.dx, &torch_dx[0][0], 6, 3);
 
     story_say(story, "\nThe heads know nothing of each other. The first of three is the one that the same "
                      "seed draws alone, chapter 2's:");

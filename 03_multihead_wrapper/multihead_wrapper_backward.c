@@ -38,10 +38,10 @@ void causal_head_backward(float *d_x, const HeadGradient *d_head, float *d_q, fl
 {
     int B = s->batch, T = s->tokens, C = s->embed, HS = s->head_size, C_out = s->embed_out;
 
-    /* Blocks of rows t0 .. t1-1, which see keys 0 .. t1-1. */
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int b = 0; b < B; b++)
         for (int t0 = 0; t0 < T; t0 += BLOCK) {
+            /* Rows t0 .. t1-1, which see keys 0 .. t1-1 */
             int t1 = t0 + BLOCK < T ? t0 + BLOCK : T;
             size_t row = (size_t)b * T + t0, first = lse_index(s, b, h, t0) * T;
             const float *k_b = k + (size_t)b * T * HS, *v_b = v + (size_t)b * T * HS;
@@ -56,10 +56,10 @@ void causal_head_backward(float *d_x, const HeadGradient *d_head, float *d_q, fl
                    HS);
         }
 
-        /* Blocks of keys t0 .. t1-1, which are seen by rows t0 .. T-1. */
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int b = 0; b < B; b++)
         for (int t0 = 0; t0 < T; t0 += BLOCK) {
+            /* Keys t0 .. t1-1, which are seen by rows t0 .. T-1 */
             int t1 = t0 + BLOCK < T ? t0 + BLOCK : T;
             size_t row = (size_t)b * T + t0, first = lse_index(s, b, h, t0) * T;
             /* d_v = weights^T d_context, d_k = scale d_scores^T Q */
@@ -87,8 +87,8 @@ void stacked_heads_backward(float *d_x, const HeadGradient *d_heads, float *d_q,
                              weights, softmax, q + h * size, k + h * size, v + h * size, x, &heads[h], h, s);
 }
 
-/* sum (width) = the sum of y's rows (rows,width): 128 of them at a time, so that sums of many terms stay
- * exact. */
+/* sum (width) = the sum of y's rows (rows,width): 128 of them at a time, since a sum of many terms
+ * in one go loses more to rounding. */
 static void sum_rows(float *sum, const float *y, size_t rows, int width)
 {
     enum { COLUMNS = 64, ROWS = 128 };

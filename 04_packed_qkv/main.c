@@ -298,6 +298,11 @@ static const double torch_weights[6][6] = {
     {.197166, .195052, .195393, .203569, .208820},
     {.163916, .161857, .162343, .170151, .177482, .164251},
 };
+/* The gradient of x, out.sum().backward(). */
+static const double torch_dx[6][3] = {
+    {1.297561, 1.653764, -.781034}, {.768355, .942654, -.448788}, {.502611, .617955, -.295412},
+    {.330146, .407445, -.175088},   {.193770, .246164, -.104800}, {.082039, .107963, -.050534},
+};
 
 static void tell_torch_mha(Story *story)
 {
@@ -305,9 +310,12 @@ static void tell_torch_mha(Story *story)
     story_say(story, "It draws its output projection before its packed one, and bounds the latter by the "
                      "sum of both its sides. It returns one matrix of weights: the heads' average. Beside "
                      "PyTorch's:");
-    const StoryRun *run = story_run(story, "torch-mha", "");
+    const StoryRun *run = story_run(story, "torch-mha", "--pass both");
     story_beside(story, "out, seed 123", "PyTorch's", run->t.out, &torch_out[0][0], 6, 3);
     story_beside(story, "weights, averaged", "PyTorch's", run->t.weights, &torch_weights[0][0], 6, 6);
+    story_say(story,
+              "\nBackward, from the sum of all of out. A later token hears from fewer rows, and less:");
+    story_beside(story, "gradient of x", "PyTorch's", run->t.dx, &torch_dx[0][0], 6, 3);
 }
 
 /* The SDPA notebook's c_attn cell: width 12, 2 heads, x (2,5,12). */

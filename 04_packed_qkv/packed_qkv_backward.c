@@ -63,8 +63,8 @@ void attend_heads_backward(float *d_q, float *d_k, float *d_v, float *d_scores, 
         }
 }
 
-/* sum (width) = the sum of y's rows (rows,width): 128 of them at a time, so that sums of many terms stay
- * exact. */
+/* sum (width) = the sum of y's rows (rows,width): 128 of them at a time, since a sum of many terms
+ * in one go loses more to rounding. */
 static void sum_rows(float *sum, const float *y, size_t rows, int width)
 {
     enum { COLUMNS = 64, ROWS = 128 };
