@@ -629,6 +629,9 @@ Test(gradients, what_a_bias_forbids_stays_out)
     differentiate(&p, SPARSE, NULL);
     double error = gradient_error(&p, attends);
     cr_expect(error <= 5e-6, "off by %g", error);
+    p.dout[0] = NAN; /* of query 0, which key 0 does not meet and key 1 does */
+    differentiate(&p, SPARSE, NULL);
+    cr_expect(p.dv[0] == 0 && isnan(p.dv[8]));
     tear_down(&p);
 }
 
