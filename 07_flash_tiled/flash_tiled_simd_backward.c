@@ -226,7 +226,8 @@ static void look_up(Scratch *x, const Place *p, const Sight *sight)
         size_t row = lse_index(s, p->b, p->h, t);
         bool one_run = flash_bounds(s, p->b, t, &first, &end);
         for (int i = sight->from; i < to; i++) {
-            extra[i] = (first <= p->key + i) & (p->key + i < end) & (i < sight->to) ? 0 : -INFINITY;
+            bool sees = (first <= p->key + i) & (p->key + i < end) & (i < sight->to);
+            extra[i] = sees ? 0 : -INFINITY;
             kept[i] = 1;
         }
         if (!one_run)

@@ -369,7 +369,7 @@ Test(gradients, nan_reaches_them)
 /* ---- Large scores ---- */
 
 /* Weights are computed again as 2^(score - lse): a score of thousands must be rounded as it was in forward, and
- * not much, or its error goes into the exponent. Summed in one piece, or in another order than forward's, the
+ * not much, or its error goes into the exponent. With scores summed in one piece, in both passes, the
  * gradients are off by 8e-4 and more. */
 Test(simd_gradient, large_scores_of_long_heads)
 {
