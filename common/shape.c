@@ -80,6 +80,9 @@ static const char *validate_sizes(const AttentionShape *s)
     if ((int64_t)s->heads * s->head_size > LARGEST_PRODUCT)
         return complain("--heads %d times --head-size %d is more than %d", s->heads, s->head_size,
                         LARGEST_PRODUCT);
+    /* A module's products run over all B*T rows at once, and a product's sizes are ints. */
+    if (s->embed > 0 && (int64_t)s->batch * s->tokens > LARGEST_PRODUCT)
+        return complain("--batch %d times --tokens %d is more than %d", s->batch, s->tokens, LARGEST_PRODUCT);
     double queries = (double)s->batch * s->heads * s->tokens;
     double largest = fmax(queries * s->head_size, queries * s->key_tokens);
     largest = fmax(largest, (double)s->batch * s->kv_heads * s->key_tokens * s->head_size);

@@ -88,6 +88,8 @@ static const BadLine bad[] = {
     {FLASH, "--mask dilated:5", 2, "dilated"},
     {FLASH, "--mask prefix:999999999999", 2, "prefix"},
     {FLASH, "--batch 1000000000 --heads 1000000000 --tokens 1000000000", 2, "it must be 1 to 16777216"},
+    {PACKED, "--batch 100000 --tokens 100000 --embed 12", 2,
+     "--batch 100000 times --tokens 100000 is more than"},
     /* what a kernel cannot do */
     {FLASH, "--kernel tiled --heads 4 --kv-heads 2 --head-size 8", 2,
      "kernel tiled takes as many --kv-heads as --heads"},
