@@ -30,8 +30,9 @@ nine_bars() {
         END {
             for (i = 1; i <= 9; i++)
                 if (order[i] in ms)
-                    print i, "\"" i " " order[i] "\"", ms[order[i]], value(order[i], "installed"), value(order[i], "forced")
+                    print i, "\"" i " " order[i] "\"", ours_of(order[i]), value(order[i], "installed"), value(order[i], "forced")
         }
+        function ours_of(kernel) { return (kernel, "ours") in peer ? peer[kernel, "ours"] : ms[kernel] } # of the same run
         function value(kernel, set) { return (kernel, set) in peer ? peer[kernel, set] : "nan" }
     ' "$peers" "$notebook" | tr '\t' ' ' > "$tmp/bars"
     gnuplot -e "data='$tmp/bars'; output='$folder/common/$1'; machine='$(machine_of "$notebook"), $(threads_of "$notebook")'; what='$3'; peers=$([ "$peers" = /dev/null ] && echo 0 || echo 1); title_text='Nine ways to multi-head attention: 8 x 1024 tokens x 768, 12 heads'" common/notebook.gp || exit 1
