@@ -150,7 +150,8 @@ void attention_sdpa(float *out, float *lse, float *weights, float *softmax, cons
             }
 
     if (s->dropout > 0) {
-        memcpy(softmax, weights, weights_count(s) * sizeof *weights);
+        if (softmax)
+            memcpy(softmax, weights, weights_count(s) * sizeof *weights);
         apply_dropout(s->dropout_stream, weights, weights_count(s), s->dropout);
     }
 

@@ -30,6 +30,13 @@ bench() {
     "$build/$chapter/run" --bench --tsv "$tsv" "$@" > "$demo/log" || { cat "$demo/log"; status=1; }
 }
 
+say "== What plain loops reach, and what dropout costs"
+size="--batch 1 --tokens 1024 --heads 1 --repeat 5"
+bench 01_self_attention 01_self_attention/speed.tsv $size --kernel dot-product
+bench 01_self_attention 01_self_attention/speed.tsv $size --kernel v2
+bench 02_causal_attention 02_causal_attention/speed.tsv $size --kernel causal
+bench 02_causal_attention 02_causal_attention/speed.tsv $size --kernel causal --dropout 0.1
+
 # nine PASS TSV REPEAT: the notebook's implementations 1 to 9
 nine() {
     notebook="--batch 8 --tokens 1024 --embed 768 --heads 12 --pass $1 --repeat $3"

@@ -8,7 +8,7 @@ value() { sed -n "s/^$1 := *//p" "$build/config.mk" 2> /dev/null; }
 cat << 'TEXT'
 Attention in C, step by step
 
-  make demo         everything: set-up, build, nine stories, timings, charts (about 4 minutes)
+  make demo         everything: set-up, build, nine stories, timings, charts (under 5 minutes)
   make chapter-7    build one chapter (1 to 9; make 7 is the same), then:
     ./run             its story: published numbers beside ours, one timing
     ./run --help      its kernels and options

@@ -1,6 +1,6 @@
 #!/bin/sh
 # What has this machine got? Tries a compiler, an OpenMP, a CBLAS, Criterion and gnuplot, and prints what it found as
-# variables for make. Nothing here fails: what is missing is left empty.
+# variables for make. Nothing here fails: what is missing is left empty. OPENMP=no and BLAS=no look away from what is there.
 set -u
 CC=${CC:-cc}
 tmp=$(mktemp -d) || exit 1
@@ -13,7 +13,7 @@ try() {
     $CC "$tmp/try.c" -o "$tmp/try" "$@" > /dev/null 2>&1
 }
 
-if try '#include <omp.h>
+if [ "${OPENMP:-}" != no ] && try '#include <omp.h>
 int main(void) { return omp_get_max_threads() < 1; }' -fopenmp; then
     echo "OPENMP_CFLAGS := -fopenmp"
     echo "OPENMP_LIBS := -fopenmp"
