@@ -1,4 +1,5 @@
 /* What is particular to one pass over the keys: mending, merging, and the traps of softmax. */
+#include "chapter.h"
 #include "matmul.h"
 #include "online_softmax.h"
 #include "random.h"
@@ -17,7 +18,12 @@ enum { MOST_TOKENS = 160, MOST_HEADS = 2, MOST_WIDTH = 24, MOST = MOST_HEADS * M
 
 static AttentionShape shape;
 static float q[MOST], k[MOST], v[MOST], bias[MOST_TOKENS];
-static float out[MOST], lse[MOST_HEADS * MOST_TOKENS], weights[MOST_HEADS * MOST_TOKENS * MOST_TOKENS];
+static float out[MOST], lse[MOST_HEADS * MOST_TOKENS], delta[MOST_HEADS * MOST_TOKENS];
+static float weights[MOST_HEADS * MOST_TOKENS * MOST_TOKENS], softmax[MOST_HEADS * MOST_TOKENS * MOST_TOKENS],
+    d_scores[MOST_HEADS * MOST_TOKENS * MOST_TOKENS];
+static float dout[MOST], dq[MOST], dk[MOST], dv[MOST], dbias[MOST_HEADS * MOST_TOKENS * MOST_TOKENS];
+
+extern const Chapter chapter;
 
 static void set_up(int heads, int tokens, int key_tokens, int head_size)
 {
@@ -33,6 +39,7 @@ static void set_up(int heads, int tokens, int key_tokens, int head_size)
     draw_randn(&stream, q, query_count(&shape));
     draw_randn(&stream, k, key_count(&shape));
     draw_randn(&stream, v, key_count(&shape));
+    draw_randn(&stream, dout, query_count(&shape));
 }
 
 /* One query of one number, q = 1, scale = 1: a key is its own score. */
@@ -50,13 +57,33 @@ static const char *const names[KERNELS] = {"materialised", "online"};
 
 static void attend(int kernel)
 {
+    RandomStream stream;
+    seed_stream(&stream, STREAM_CPU, 7);
+    shape.dropout_stream = &stream;
+    shape.dropout_seed = 7;
     memset(out, 0x7f, sizeof out);
     memset(lse, 0x7f, sizeof lse);
     memset(weights, 0x7f, sizeof weights);
     if (kernel == MATERIALISED)
-        attention_materialised(out, lse, weights, q, k, v, &shape);
+        attention_materialised(out, lse, weights, softmax, q, k, v, &shape);
     else
         attention_online(out, lse, q, k, v, &shape);
+}
+
+/* Forward and backward. */
+static void differentiate(int kernel)
+{
+    attend(kernel);
+    memset(dq, 0x7f, sizeof dq);
+    memset(dk, 0x7f, sizeof dk);
+    memset(dv, 0x7f, sizeof dv);
+    memset(dbias, 0x7f, sizeof dbias);
+    memset(d_scores, 0x7f, sizeof d_scores);
+    const AttentionBackward g = {q, k, v, out, lse, dout, dq, dk, dv, dbias};
+    if (kernel == MATERIALISED)
+        attention_materialised_backward(&g, weights, shape.dropout > 0 ? softmax : weights, d_scores, &shape);
+    else
+        attention_online_backward(&g, delta, &shape);
 }
 
 #define near(a, b, tolerance) (fabs((double)(a) - (double)(b)) <= (tolerance))
@@ -258,14 +285,221 @@ Test(traps, dropout_leaves_the_sum_alone)
         attend(kernel);
         memcpy(kept, lse, sizeof kept);
         float first = out[0];
-        RandomStream stream;
-        seed_stream(&stream, STREAM_CPU, 7);
         shape.dropout = 0.5f;
-        shape.dropout_stream = &stream;
-        shape.dropout_seed = 7;
         attend(kernel);
         cr_expect(memcmp(kept, lse, 40 * sizeof *kept) == 0, "%s: lse changed", names[kernel]);
         cr_expect(out[0] != first, "%s: nothing was dropped", names[kernel]);
+    }
+}
+
+/* ---- Gradients ---- */
+
+static double loss(int kernel)
+{
+    attend(kernel);
+    double sum = 0;
+    for (size_t i = 0; i < query_count(&shape); i++)
+        sum += (double)dout[i] * out[i];
+    return sum;
+}
+
+/* A random step along one input changes the loss by the gradient times the step. */
+static void expect_gradient(int kernel, const char *what, float *input, const float *gradient, size_t count)
+{
+    static float before[MOST], step[MOST];
+    RandomStream stream;
+    seed_stream(&stream, STREAM_CPU, 99);
+    draw_randn(&stream, step, count);
+    memcpy(before, input, count * sizeof *before);
+    double expected = 0, norm = 0, at[2];
+    for (size_t i = 0; i < count; i++) {
+        expected += (double)gradient[i] * step[i];
+        norm += (double)gradient[i] * gradient[i];
+    }
+    for (int side = 0; side < 2; side++) {
+        for (size_t i = 0; i < count; i++)
+            input[i] = before[i] + (side ? 0.01f : -0.01f) * step[i];
+        at[side] = loss(kernel);
+    }
+    memcpy(input, before, count * sizeof *before);
+    double found = (at[1] - at[0]) / 0.02;
+    cr_expect(near(found, expected, 2e-3 * sqrt(norm)), "%s: the loss changes by %.5f, d%s says %.5f",
+              names[kernel], found, what, expected);
+}
+
+/* With all that stands between: scale, mask, a bias of one number a head and key, and dropout. */
+Test(gradients, say_how_the_loss_changes)
+{
+    for (int kernel = 0; kernel < KERNELS; kernel++)
+        for (int with_dropout = 0; with_dropout < 2; with_dropout++) {
+            static float bias_of_heads[2 * 60];
+            set_up(2, 50, 60, 12);
+            RandomStream stream;
+            seed_stream(&stream, STREAM_CPU, 5);
+            draw_randn(&stream, bias_of_heads, 2 * 60);
+            shape.scale = -0.4f;
+            shape.causal = true;
+            shape.mask = (Mask){.kind = MASK_WINDOW, .width = 30};
+            shape.bias = bias_of_heads;
+            shape.bias_stride[1] = 60;
+            shape.bias_stride[3] = 1;
+            shape.dropout = with_dropout ? 0.4f : 0;
+            differentiate(kernel);
+            expect_gradient(kernel, "q", q, dq, query_count(&shape));
+            expect_gradient(kernel, "k", k, dk, key_count(&shape));
+            expect_gradient(kernel, "v", v, dv, key_count(&shape));
+            expect_gradient(kernel, "bias", bias_of_heads, dbias, 2 * 60);
+        }
+}
+
+/* A bias that is the same for all pairs of an axis: its gradient is the sum over them. */
+Test(gradients, of_a_broadcast_bias_are_summed)
+{
+    enum { T = 20, TK = 30 };
+    static float whole[2 * T * TK];
+    static const size_t full[4] = {0, T * TK, TK, 1};
+    for (int kernel = 0; kernel < KERNELS; kernel++) {
+        static const float zeros[2 * T * TK];
+        set_up(2, T, TK, 8);
+        shape.causal = true;
+        shape.bias = zeros;
+        memcpy(shape.bias_stride, full, sizeof full);
+        differentiate(kernel);
+        memcpy(whole, dbias, sizeof whole);
+        /* Bit 0: one number for all heads, bit 1: for all queries, bit 2: for all keys. */
+        for (int shared = 1; shared < 8; shared++) {
+            static double expected[2 * T * TK];
+            size_t stride[4] = {0, 0, 0, 0}, count = 1;
+            static const int size[4] = {1, 2, T, TK};
+            for (int axis = 3; axis > 0; axis--)
+                if (!(shared >> (axis - 1) & 1)) {
+                    stride[axis] = count;
+                    count *= size[axis];
+                }
+            memset(expected, 0, sizeof expected);
+            for (int h = 0; h < 2; h++)
+                for (int t = 0; t < T; t++)
+                    for (int t2 = 0; t2 < TK; t2++)
+                        expected[h * stride[1] + t * stride[2] + t2 * stride[3]] +=
+                            whole[(h * T + t) * TK + t2];
+            memcpy(shape.bias_stride, stride, sizeof stride);
+            differentiate(kernel);
+            for (size_t i = 0; i < count; i++)
+                cr_expect(near(dbias[i], expected[i], 1e-5), "%s, shared %d: number %zu is %g, not %g",
+                          names[kernel], shared, i, dbias[i], expected[i]);
+        }
+    }
+}
+
+/* What is added to all scores of a row alike cancels in the softmax. */
+Test(gradients, of_a_rows_scores_sum_to_nothing)
+{
+    static const float zeros[1];
+    set_up(2, 40, 40, 8);
+    shape.causal = true;
+    differentiate(MATERIALISED);
+    for (int row = 0; row < 2 * 40; row++) {
+        double sum = 0, size = 0;
+        for (int t2 = 0; t2 < 40; t2++) {
+            sum += d_scores[row * 40 + t2];
+            size += fabsf(d_scores[row * 40 + t2]);
+        }
+        cr_expect(near(sum, 0, 1e-6), "row %d: %g of %g", row, sum, size);
+    }
+    shape.bias = zeros;
+    for (int kernel = 0; kernel < KERNELS; kernel++) {
+        differentiate(kernel);
+        cr_expect(near(dbias[0], 0, 1e-4), "%s: %g", names[kernel], dbias[0]);
+    }
+}
+
+Test(gradients, online_keeps_one_number_a_row)
+{
+    const AttentionShape s = {
+        .batch = 2, .heads = 3, .kv_heads = 3, .tokens = 50, .key_tokens = 70, .head_size = 8};
+    AttentionShape with_dropout = s;
+    with_dropout.dropout = 0.1f;
+    const Kernel *kernel = chapter.kernels;
+    size_t floats[MAX_BUFFERS];
+    cr_expect(kernel[MATERIALISED].backward_workspace(&s, floats) == 1 && floats[0] == 2 * 3 * 50 * 70);
+    cr_expect(kernel[MATERIALISED].workspace(&s, floats) == 0, "no second matrix without dropout");
+    cr_expect(kernel[MATERIALISED].workspace(&with_dropout, floats) == 1 && floats[0] == 2 * 3 * 50 * 70);
+    cr_expect(!kernel[ONLINE].workspace);
+    cr_expect(kernel[ONLINE].backward_workspace(&s, floats) == 1 && floats[0] == 2 * 3 * 50);
+}
+
+static bool all_zero(const float *row, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        if (!(row[i] == 0))
+            return false;
+    return true;
+}
+
+Test(traps, nothing_allowed_has_no_gradient)
+{
+    const int no_keys[1] = {0};
+    const float forbidden[1] = {-INFINITY};
+    for (int kernel = 0; kernel < KERNELS; kernel++)
+        for (int how = 0; how < 3; how++) {
+            set_up(1, 5, 3, 4);
+            if (how == 0)
+                shape.lengths = no_keys;
+            else if (how == 1)
+                shape.bias = forbidden;
+            else
+                shape.causal = true;
+            differentiate(kernel);
+            cr_expect(all_zero(dq, (how == 2 ? 2 : 5) * 4), "%s, way %d: dq", names[kernel], how);
+            if (how < 2)
+                cr_expect(all_zero(dk, 3 * 4) && all_zero(dv, 3 * 4), "%s, way %d", names[kernel], how);
+            else
+                cr_expect(!isnan(dk[0]) && !isnan(dv[0]) && dv[0] != 0, "%s: the other rows' gradients",
+                          names[kernel]);
+            if (how == 1)
+                cr_expect(dbias[0] == 0, "%s: dbias %g", names[kernel], dbias[0]);
+        }
+}
+
+/* Row 0 may see key 0 alone: its out is that value whatever its score is. */
+Test(traps, one_key_has_no_gradient_of_its_score)
+{
+    for (int kernel = 0; kernel < KERNELS; kernel++) {
+        set_up(1, 70, 70, 24);
+        shape.causal = true;
+        differentiate(kernel);
+        for (int i = 0; i < 24; i++)
+            cr_expect(near(dq[i], 0, 1e-6), "%s: dq[%d] = %g", names[kernel], i, dq[i]);
+    }
+}
+
+Test(traps, nan_in_dout_is_never_hidden)
+{
+    for (int kernel = 0; kernel < KERNELS; kernel++) {
+        set_up(2, 70, 70, 5);
+        shape.causal = true;
+        dout[40 * 5 + 2] = NAN;
+        differentiate(kernel);
+        cr_expect(isnan(dq[40 * 5]) && isnan(dk[40 * 5]) && isnan(dv[40 * 5 + 2]), "%s", names[kernel]);
+        cr_expect(!isnan(dq[39 * 5]), "%s spreads NaN to another row", names[kernel]);
+        cr_expect(!isnan(dk[70 * 5]) && !isnan(dv[70 * 5]), "%s spreads NaN to another head", names[kernel]);
+        if (kernel == ONLINE)
+            cr_expect(!isnan(dk[41 * 5]) && !isnan(dv[41 * 5 + 2]), "a key that row 40 may not see");
+    }
+}
+
+/* exp(score - lse) of a score of thousands must not be taken as exp(score) / l. */
+Test(traps, large_scores_have_gradients)
+{
+    const float scores[3] = {5000, 4999, -5000}, values[3] = {1, 2, 3};
+    double e = exp(-1), p0 = 1 / (1 + e), p1 = e / (1 + e), mean = p0 + 2 * p1;
+    for (int kernel = 0; kernel < KERNELS; kernel++) {
+        set_up_scores(scores, values, 3);
+        dout[0] = 1;
+        differentiate(kernel);
+        cr_expect(near(dk[0], p0 * (1 - mean), 2e-4) && near(dk[1], p1 * (2 - mean), 2e-4) && dk[2] == 0,
+                  "%s: %g %g %g", names[kernel], dk[0], dk[1], dk[2]);
+        cr_expect(near(dv[0], p0, 2e-4) && dv[2] == 0, "%s: dv %g", names[kernel], dv[0]);
     }
 }
 
@@ -293,16 +527,26 @@ Test(matrix, rows_sum_to_one_and_end_at_the_diagonal)
 #ifdef _OPENMP
 Test(threads, give_the_same_bits)
 {
+    static const float zeros[2 * 150];
+    static float *const result[] = {out, dq, dk, dv, dbias};
     for (int kernel = 0; kernel < KERNELS; kernel++) {
-        static float alone[MOST];
+        static float alone[5][MOST];
         set_up(2, 150, 150, 20);
         shape.causal = true;
-        omp_set_num_threads(1);
-        attend(kernel);
-        memcpy(alone, out, sizeof alone);
-        omp_set_num_threads(3);
-        attend(kernel);
-        cr_expect(memcmp(alone, out, query_count(&shape) * sizeof *out) == 0, "%s", names[kernel]);
+        shape.bias = zeros;
+        shape.bias_stride[1] = 150;
+        shape.bias_stride[3] = 1;
+        for (int threads = 1; threads <= 3; threads++) {
+            omp_set_num_threads(threads);
+            differentiate(kernel);
+            for (int i = 0; i < 5; i++) {
+                size_t bytes = (i < 4 ? query_count(&shape) : 2 * 150) * sizeof(float);
+                if (threads == 1)
+                    memcpy(alone[i], result[i], bytes);
+                cr_expect(memcmp(alone[i], result[i], bytes) == 0, "%s, %d threads, result %d", names[kernel],
+                          threads, i);
+            }
+        }
     }
 }
 #endif

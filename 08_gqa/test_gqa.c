@@ -25,6 +25,7 @@ extern const Chapter chapter;
 typedef struct {
     AttentionShape s;
     float *q, *k, *v, *out, *lse, *k_repeated, *v_repeated, *scratch;
+    float *dout, *dq, *dk, *dv, *delta, *dk_repeated, *dv_repeated;
 } Problem;
 
 static Problem set_up(int batch, int heads, int kv_heads, int tokens, int head_size)
@@ -45,18 +46,28 @@ static Problem set_up(int batch, int heads, int kv_heads, int tokens, int head_s
     p.k_repeated = allocate_floats(query_count(&p.s));
     p.v_repeated = allocate_floats(query_count(&p.s));
     p.scratch = allocate_floats(grouped_simd_scratch(&p.s));
+    p.dout = allocate_floats(query_count(&p.s));
+    p.dq = allocate_floats(query_count(&p.s));
+    p.dk = allocate_floats(key_count(&p.s));
+    p.dv = allocate_floats(key_count(&p.s));
+    p.delta = allocate_floats(lse_count(&p.s));
+    p.dk_repeated = allocate_floats(query_count(&p.s));
+    p.dv_repeated = allocate_floats(query_count(&p.s));
     RandomStream stream;
     seed_stream(&stream, STREAM_CPU, 123);
     draw_randn(&stream, p.q, query_count(&p.s));
     draw_randn(&stream, p.k, key_count(&p.s));
     draw_randn(&stream, p.v, key_count(&p.s));
+    draw_randn(&stream, p.dout, query_count(&p.s));
     return p;
 }
 
 static void tear_down(Problem *p)
 {
-    float *const owned[] = {p->q, p->k, p->v, p->out, p->lse, p->k_repeated, p->v_repeated, p->scratch};
-    for (int i = 0; i < 8; i++)
+    float *const owned[] = {p->q,          p->k,          p->v,       p->out,         p->lse,
+                            p->k_repeated, p->v_repeated, p->scratch, p->dout,        p->dq,
+                            p->dk,         p->dv,         p->delta,   p->dk_repeated, p->dv_repeated};
+    for (size_t i = 0; i < sizeof owned / sizeof owned[0]; i++)
         free(owned[i]);
 }
 
@@ -71,6 +82,19 @@ static void attend(Problem *p, int kernel)
         attention_grouped(p->out, p->lse, p->q, p->k, p->v, &p->s);
     else
         attention_grouped_simd(p->out, p->lse, p->scratch, p->q, p->k, p->v, &p->s);
+}
+
+/* Forward and backward. */
+enum { DIFFERENTIATED = GROUPED + 1 }; /* simd has no backward */
+static void differentiate(Problem *p, int kernel)
+{
+    attend(p, kernel);
+    const GroupedBackward g = {p->q,  p->k,  p->v,  p->out, p->lse,  p->dout,
+                               p->dq, p->dk, p->dv, NULL,   p->delta};
+    if (kernel == REPEAT_KV)
+        attention_repeat_kv_backward(&g, p->k_repeated, p->v_repeated, p->dk_repeated, p->dv_repeated, &p->s);
+    else
+        attention_grouped_backward(&g, &p->s);
 }
 
 /* ---- Who reads whom ---- */
@@ -128,7 +152,104 @@ Test(sharing, nan_stays_in_its_group)
     }
 }
 
+Test(sharing, gradients_of_copies_are_summed)
+{
+    const AttentionShape s = {
+        .batch = 2, .heads = 6, .kv_heads = 2, .tokens = 1, .key_tokens = 1, .head_size = 1};
+    const float d_repeated[2 * 6] = {1, 2, 4, 10, 20, 40, 100, 200, 400, 1000, 2000, 4000},
+                               expected[2 * 2] = {7, 70, 700, 7000};
+    float d_kv[2 * 2] = {NAN, NAN, NAN, NAN};
+    repeat_kv_backward(d_kv, d_repeated, &s);
+    for (int i = 0; i < 4; i++)
+        cr_expect(d_kv[i] == expected[i], "number %d is %g, not %g", i, d_kv[i], expected[i]);
+}
+
+/* The gradient of a key/value head is the sum of what each of its query heads has for it alone. */
+Test(sharing, gradients_are_summed_over_the_group)
+{
+    static const int kv_heads[] = {6, 3, 2, 1};
+    enum { T = 53, HS = 24 };
+    for (int kernel = 0; kernel < DIFFERENTIATED; kernel++)
+        for (int i = 0; i < 4; i++) {
+            Problem p = set_up(2, 6, kv_heads[i], T, HS), one = set_up(1, 1, 1, T, HS);
+            differentiate(&p, kernel);
+            for (int b = 0; b < 2; b++)
+                for (int kv_head = 0; kv_head < kv_heads[i]; kv_head++) {
+                    int group = 6 / kv_heads[i];
+                    size_t kv = ((size_t)b * kv_heads[i] + kv_head) * T * HS;
+                    static double dk[T * HS], dv[T * HS];
+                    memset(dk, 0, sizeof dk);
+                    memset(dv, 0, sizeof dv);
+                    double dq_off = 0, dkv_off = 0;
+                    for (int h = kv_head * group; h < (kv_head + 1) * group; h++) {
+                        size_t first = query_row(&p.s, b, h, 0);
+                        memcpy(one.q, p.q + first, T * HS * sizeof(float));
+                        memcpy(one.dout, p.dout + first, T * HS * sizeof(float));
+                        memcpy(one.k, p.k + kv, T * HS * sizeof(float));
+                        memcpy(one.v, p.v + kv, T * HS * sizeof(float));
+                        differentiate(&one, GROUPED);
+                        for (int n = 0; n < T * HS; n++) {
+                            dk[n] += one.dk[n];
+                            dv[n] += one.dv[n];
+                            dq_off = fmax(dq_off, fabs((double)one.dq[n] - p.dq[first + n]));
+                        }
+                    }
+                    for (int n = 0; n < T * HS; n++)
+                        dkv_off = fmax(dkv_off, fmax(fabs(dk[n] - p.dk[kv + n]), fabs(dv[n] - p.dv[kv + n])));
+                    cr_expect(dq_off <= 2e-6 && dkv_off <= 2e-5,
+                              "%s, %d key/value heads: head %d is off by %g, %g", names[kernel], kv_heads[i],
+                              kv_head, dq_off, dkv_off);
+                }
+            tear_down(&p);
+            tear_down(&one);
+        }
+}
+
+Test(sharing, nan_of_a_gradient_stays_in_its_group)
+{
+    for (int kernel = 0; kernel < DIFFERENTIATED; kernel++) {
+        Problem p = set_up(1, 6, 2, 20, 8);
+        p.dout[query_row(&p.s, 0, 4, 10)] = NAN; /* query head 4 reads key/value head 1 */
+        differentiate(&p, kernel);
+        for (int h = 0; h < 6; h++)
+            cr_expect((isnan(p.dq[query_row(&p.s, 0, h, 10)]) != 0) == (h == 4), "%s, head %d", names[kernel],
+                      h);
+        cr_expect(!isnan(p.dk[0]) && !isnan(p.dv[0]), "%s", names[kernel]);
+        cr_expect(isnan(p.dk[20 * 8]) && isnan(p.dv[20 * 8]), "%s", names[kernel]);
+        cr_expect(!isnan(p.dk[(20 + 11) * 8]), "%s: token 10 does not see key 11", names[kernel]);
+        tear_down(&p);
+    }
+}
+
+Test(sharing, copies_cost_memory_again)
+{
+    const AttentionShape s = {
+        .batch = 2, .heads = 6, .kv_heads = 2, .tokens = 5, .key_tokens = 7, .head_size = 8};
+    size_t floats[MAX_BUFFERS];
+    cr_expect(chapter.kernels[REPEAT_KV].backward_workspace(&s, floats) == 3);
+    cr_expect(floats[0] == 2 * 6 * 5 && floats[1] == 2 * 6 * 7 * 8 && floats[2] == 2 * 6 * 7 * 8);
+    cr_expect(chapter.kernels[GROUPED].backward_workspace(&s, floats) == 1 && floats[0] == 2 * 6 * 5);
+}
+
 #ifdef _OPENMP
+Test(sharing, threads_give_the_same_bits_backwards)
+{
+    for (int kernel = 0; kernel < DIFFERENTIATED; kernel++) {
+        Problem p = set_up(1, 6, 2, 130, 24), alone = set_up(1, 6, 2, 130, 24);
+        omp_set_num_threads(1);
+        differentiate(&alone, kernel);
+        for (int threads = 2; threads <= 3; threads++) {
+            omp_set_num_threads(threads);
+            differentiate(&p, kernel);
+            cr_expect(memcmp(alone.dq, p.dq, query_count(&p.s) * sizeof(float)) == 0, "%s", names[kernel]);
+            cr_expect(memcmp(alone.dk, p.dk, key_count(&p.s) * sizeof(float)) == 0, "%s", names[kernel]);
+            cr_expect(memcmp(alone.dv, p.dv, key_count(&p.s) * sizeof(float)) == 0, "%s", names[kernel]);
+        }
+        tear_down(&p);
+        tear_down(&alone);
+    }
+}
+
 Test(sharing, threads_give_the_same_bits)
 {
     for (int kernel = 0; kernel < KERNELS; kernel++) {
@@ -166,6 +287,31 @@ Test(rope, place_0_turns_nothing)
     rope(row, cosine, sine, 8);
     for (int i = 0; i < 8; i++)
         cr_expect(row[i] == i + 1);
+}
+
+/* What a rotation does to lengths and angles: nothing. So (R a).b = a.(R^T b), and R^T undoes R. */
+Test(rope, backward_is_the_rotation_back)
+{
+    enum { HS = 16, PLACE = 7 };
+    float cosine[(PLACE + 1) * HS / 2], sine[(PLACE + 1) * HS / 2], a[HS], b[HS], turned[HS], back[HS];
+    rope_table(cosine, sine, PLACE + 1, HS, 10000);
+    RandomStream stream;
+    seed_stream(&stream, STREAM_CPU, 123);
+    draw_randn(&stream, a, HS);
+    draw_randn(&stream, b, HS);
+    memcpy(turned, a, sizeof a);
+    memcpy(back, b, sizeof b);
+    rope(turned, cosine + PLACE * HS / 2, sine + PLACE * HS / 2, HS);
+    rope_backward(back, cosine + PLACE * HS / 2, sine + PLACE * HS / 2, HS);
+    double left = 0, right = 0;
+    for (int i = 0; i < HS; i++) {
+        left += (double)turned[i] * b[i];
+        right += (double)a[i] * back[i];
+    }
+    cr_expect(near(left, right, 1e-6) && fabs(left) > 0.1, "%g and %g", left, right);
+    rope_backward(turned, cosine + PLACE * HS / 2, sine + PLACE * HS / 2, HS);
+    for (int i = 0; i < HS; i++)
+        cr_expect(near(turned[i], a[i], 1e-6), "number %d", i);
 }
 
 Test(rope, a_product_knows_the_distance_only)
@@ -224,9 +370,26 @@ static const Kernel *llama_kernel(void)
     return kernel;
 }
 
-Test(llama, gives_what_pytorch_gives)
+/* The problem of reference/llama.py, forward and backward, in the order of its random numbers. */
+typedef struct {
+    AttentionShape s;
+    Tensors t;
+    Parameters parameters;
+    float x[2 * 10 * 48], out[2 * 10 * 96], dout[2 * 10 * 96], dx[2 * 10 * 48];
+} LlamaProblem;
+
+static void allocate_buffers(float **buffer, int (*sizes)(const AttentionShape *, size_t *),
+                             const AttentionShape *s)
 {
-    const AttentionShape s = {.batch = 2,
+    size_t floats[MAX_BUFFERS];
+    int buffers = sizes(s, floats);
+    for (int i = 0; i < buffers; i++)
+        buffer[i] = allocate_floats(floats[i]);
+}
+
+static void run_llama(LlamaProblem *p)
+{
+    *p = (LlamaProblem){.s = {.batch = 2,
                               .tokens = 10,
                               .key_tokens = 10,
                               .embed = 48,
@@ -235,38 +398,86 @@ Test(llama, gives_what_pytorch_gives)
                               .kv_heads = 2,
                               .head_size = 16,
                               .scale = 0.25f,
-                              .mask.kind = MASK_CAUSAL};
+                              .mask.kind = MASK_CAUSAL}};
     const Kernel *kernel = llama_kernel();
-    static float x[2 * 10 * 48], out[2 * 10 * 96];
-    Tensors t = {.x = x, .out = out};
     RandomStream stream;
     seed_stream(&stream, STREAM_CPU, 123);
-    draw_randn(&stream, x, 2 * 10 * 48);
-    Parameters parameters = {.stream = &stream};
-    kernel->parameters(&parameters, &s);
-    for (int i = 0; i < parameters.count; i++)
-        t.parameter[i] = parameters.list[i].data;
-    size_t floats[MAX_BUFFERS];
-    int buffers = kernel->workspace(&s, floats);
-    for (int i = 0; i < buffers; i++)
-        t.workspace[i] = allocate_floats(floats[i]);
-    kernel->forward(&t, &s);
+    draw_randn(&stream, p->x, 2 * 10 * 48);
+    p->parameters.stream = &stream;
+    kernel->parameters(&p->parameters, &p->s);
+    draw_randn(&stream, p->dout, 2 * 10 * 96);
 
+    p->t = (Tensors){.x = p->x, .out = p->out, .dout = p->dout, .dx = p->dx};
+    for (int i = 0; i < p->parameters.count; i++) {
+        p->t.parameter[i] = p->parameters.list[i].data;
+        p->t.d_parameter[i] = allocate_floats(p->parameters.list[i].size[0] * p->parameters.list[i].size[1]);
+    }
+    allocate_buffers(p->t.workspace, kernel->workspace, &p->s);
+    allocate_buffers(p->t.backward_workspace, kernel->backward_workspace, &p->s);
+    kernel->forward(&p->t, &p->s);
+    kernel->backward(&p->t, &p->s);
+}
+
+static void free_llama(LlamaProblem *p)
+{
+    for (int i = 0; i < MAX_BUFFERS; i++) {
+        free(p->t.workspace[i]);
+        free(p->t.backward_workspace[i]);
+    }
+    for (int i = 0; i < p->parameters.count; i++) {
+        free(p->parameters.list[i].data);
+        free(p->t.d_parameter[i]);
+    }
+}
+
+static double next_number(FILE *file)
+{
+    double number;
+    cr_assert(fscanf(file, "%lf", &number) == 1, "08_gqa/reference/llama.tsv ends too early");
+    return number;
+}
+
+/* A line of gradients: a name, the norm, the first row, the last row. */
+static void expect_line(FILE *file, const char *name, const float *gradient, size_t count, int columns)
+{
+    char found[40];
+    cr_assert(fscanf(file, "%39s", found) == 1 && strcmp(found, name) == 0, "%s instead of %s", found, name);
+    double norm = next_number(file), squares = 0;
+    for (size_t i = 0; i < count; i++)
+        squares += (double)gradient[i] * gradient[i];
+    cr_expect(near(sqrt(squares), norm, 2e-6 * norm), "%s: norm %.7g, not %.7g", name, sqrt(squares), norm);
+    double mean = norm / sqrt((double)count);
+    for (int row = 0; row < 2; row++)
+        for (int i = 0; i < columns; i++) {
+            float ours = gradient[(row ? count - columns : 0) + i];
+            double expected = next_number(file);
+            cr_expect(near(ours, expected, 1e-5 * mean), "%s, row %d, number %d: %.7g, not %.7g", name, row,
+                      i, ours, expected);
+        }
+}
+
+Test(llama, gives_what_pytorch_gives)
+{
+    static LlamaProblem p;
+    run_llama(&p);
     FILE *file = fopen("08_gqa/reference/llama.tsv", "r");
     cr_assert(file, "08_gqa/reference/llama.tsv is missing; run the test from the top of the repository");
     char comment[400];
     for (int i = 0; i < 2; i++)
         cr_assert(fgets(comment, sizeof comment, file) && comment[0] == '#');
     for (int i = 0; i < 2 * 10 * 96; i++) {
-        double expected;
-        cr_assert(fscanf(file, "%lf", &expected) == 1, "number %d is missing", i);
-        cr_expect(near(out[i], expected, 2e-6), "number %d is %.7g, not %.7g", i, out[i], expected);
+        double expected = next_number(file);
+        cr_expect(near(p.out[i], expected, 2e-6), "number %d is %.7g, not %.7g", i, p.out[i], expected);
     }
+    cr_assert(fscanf(file, " %399[^\n]", comment) == 1 && comment[0] == '#');
+    static const char *const name[] = {"q_proj", "k_proj", "v_proj", "o_proj"};
+    expect_line(file, "x", p.dx, 2 * 10 * 48, 48);
+    for (int i = 0; i < 4; i++)
+        expect_line(file, name[i], p.t.d_parameter[i],
+                    p.parameters.list[i].size[0] * p.parameters.list[i].size[1],
+                    (int)p.parameters.list[i].size[1]);
     fclose(file);
-    for (int i = 0; i < buffers; i++)
-        free(t.workspace[i]);
-    for (int i = 0; i < parameters.count; i++)
-        free(parameters.list[i].data);
+    free_llama(&p);
 }
 
 Test(llama, refuses_odd_heads)
