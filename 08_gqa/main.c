@@ -5,6 +5,8 @@
 #include "kv_cache.h"
 #include "llama.h"
 
+#include "../07_flash_tiled/flash_tiled_simd_backward.h"
+
 #include <stdio.h>
 #include <string.h>
 
@@ -66,6 +68,22 @@ static int delta(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 static void forward_simd(const Tensors *t, const AttentionShape *s)
 {
     attention_grouped_simd(t->out, t->lse, t->workspace[0], t->q, t->k, t->v, s);
+}
+
+/* Chapter 7's backward pass already takes a key/value head with several query heads. */
+static void backward_simd(const Tensors *t, const AttentionShape *s)
+{
+    AttentionBackward g = {t->q, t->k, t->v, t->out, t->lse, t->dout, t->dq, t->dk, t->dv, t->dbias};
+    attention_simd_backward(&g, t->backward_workspace[0], t->backward_workspace[2], t->backward_workspace[1],
+                            s);
+}
+
+static int delta_scratch_partials(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = lse_count(s);
+    floats[1] = flash_backward_scratch(s);
+    floats[2] = flash_backward_partials(s);
+    return floats[2] ? 3 : 2;
 }
 
 static int tiles(const AttentionShape *s, size_t floats[MAX_BUFFERS])
@@ -184,6 +202,8 @@ static const Kernel kernels[] = {
      .what = "chapter 7's tiles, a group's queries side by side in each",
      .takes = TAKES_QKV,
      .forward = forward_simd,
+     .backward = backward_simd,
+     .backward_workspace = delta_scratch_partials,
      .workspace = tiles,
      .dropout = DROPOUT_POSITION,
      .grouped = true},

@@ -81,12 +81,8 @@ static void open_inputs(Run *run, const Options *o, const Run *inputs_of, float 
         run->t.q = input(run, &o->q, query_count(s), magnify);
         run->t.k = input(run, &o->k, key_count(s), magnify);
         run->t.v = input(run, &o->v, key_count(s), 1);
-        if (o->bias_randn) { /* (1,NH,T,TK) */
-            s->bias = input(run, &o->bias, (size_t)s->heads * s->tokens * s->key_tokens, 1);
-            s->bias_stride[1] = (size_t)s->tokens * s->key_tokens;
-            s->bias_stride[2] = s->key_tokens;
-            s->bias_stride[3] = 1;
-        }
+        if (o->bias_randn)
+            s->bias = input(run, &o->bias, bias_elements(s), 1);
     }
 }
 
@@ -147,6 +143,15 @@ Refusal open_run(Run *run, const Chapter *chapter, const Kernel *kernel, const O
         snprintf(refusal.reason, sizeof refusal.reason, "%s", run->problem.reason);
         close_run(run);
         return refusal;
+    }
+
+    /* A bias still to be drawn, (1,NH,T,TK), is there already: a workspace may depend on it. */
+    static const float to_be_drawn;
+    if (o->bias_randn && kernel->takes == TAKES_QKV) {
+        s->bias = &to_be_drawn;
+        s->bias_stride[1] = (size_t)s->tokens * s->key_tokens;
+        s->bias_stride[2] = s->key_tokens;
+        s->bias_stride[3] = 1;
     }
 
     /* Count before asking: what is asked for lazily would else be missed when it is too late. */
