@@ -149,7 +149,9 @@ def work():
                 run(name)
                 answer = 1e3 * (time.perf_counter() - start)
             except Exception as problem:  # a module that this PyTorch lacks leaves a gap, not a stop
-                print(f"{name}: {problem}", file=sys.stderr)
+                if makers[name]:
+                    print(f"{name}: {problem}", file=sys.stderr)
+                makers[name] = None
                 answer = float("nan")
             print(answer, flush=True)
 
