@@ -22,9 +22,9 @@ if (peers) {
 }
 do for [ending in "svg png"] {
     if (ending eq "svg") {
-        set terminal svg size 960,540 font "DejaVu Sans,13" background rgb "white" noenhanced
+        set terminal svg size (peers ? 1160 : 960),540 font "DejaVu Sans,13" background rgb "white" noenhanced
     } else {
-        set terminal pngcairo size 960,540 font "DejaVu Sans,11" background rgb "white" noenhanced
+        set terminal pngcairo size (peers ? 1160 : 960),540 font "DejaVu Sans,11" background rgb "white" noenhanced
     }
     set output output . "." . ending
     if (peers) {
