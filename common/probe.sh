@@ -39,16 +39,11 @@ elif try "$accelerate_program" -framework Accelerate; then
     echo "BLAS_NAME := Accelerate"
     echo "BLAS_CPPFLAGS := -DHAVE_CBLAS -DHAVE_ACCELERATE -DACCELERATE_NEW_LAPACK"
     echo "BLAS_LIBS := -framework Accelerate"
-else
-    for flags in '-lblis' '-lcblas' '-lblas'; do
-        if try "$blas_program" $flags; then
-            echo "BLAS_NAME := CBLAS ($flags)"
-            echo "BLAS_CPPFLAGS := -DHAVE_CBLAS"
-            echo "BLAS_LIBS := $flags"
-            break
-        fi
-    done
-fi
+elif try "$blas_program" -lblis; then
+    echo "BLAS_NAME := BLIS"
+    echo "BLAS_CPPFLAGS := -DHAVE_CBLAS"
+    echo "BLAS_LIBS := -lblis"
+fi # a bare libblas is often the reference one, many times slower than the plain loops that stand in
 
 if try '#include <criterion/criterion.h>
 Test(a, b) { cr_assert(1); }' -lcriterion; then
