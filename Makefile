@@ -82,7 +82,7 @@ TESTS    := $(BUILD)/common/test $(CHAPTERS:%=$(BUILD)/%/test)
 $(BUILD)/common/test: $(call objects,$(filter-out common/test_chapter.c,$(wildcard common/test_*.c))) $(COMMON_LIBRARY)
 	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS) -lcriterion
 
-.PHONY: all tests test demo figures peers fuzz setup clean format
+.PHONY: all tests test demo figures tables peers fuzz setup clean format
 all: $(PROGRAMS)
 tests: $(PROGRAMS) $(TESTS)
 
@@ -106,6 +106,12 @@ test:
 
 figures:
 	@sh common/figures.sh
+
+# The tables that others have published, measured here: all of them, or one (table-a100).
+tables: all
+	@sh common/tables.sh
+table-%: all
+	@sh common/tables.sh $*
 
 # PyTorch's own bars beside ours, where a Python with PyTorch is at hand.
 PYTHON ?= python3

@@ -14,6 +14,7 @@ Attention in C, step by step
     ./run --help      its kernels and options
     ./run --check     its kernels against the oracle over the ugly shapes
   make test         every test
+  make tables       published tables, measured here (most of an hour; can be stopped and taken up again)
   make figures      after make demo: keep its tables and charts, rewrite the READMEs' blocks
   make clean        remove what was built
 

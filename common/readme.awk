@@ -194,6 +194,10 @@ inside {
     print "```"
     inside = 1
 }
+/^<!-- include: / { # Markdown that a script wrote
+    print_lines($3, "", "", 1)
+    inside = 1
+}
 /^<!-- table: / {
     where = $0 ~ / where / ? $6 : ""
     print_table($3, $4, where)

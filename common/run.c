@@ -190,6 +190,9 @@ Refusal open_run(Run *run, const Chapter *chapter, const Kernel *kernel, const O
         return refusal;
     }
     run->extra_bytes = (size_t)extra;
+    if (need >= 1 << 30)
+        printf("kernel %s needs %s, %s of it beyond inputs and outputs; %s are free\n", kernel->name,
+               bytes_text(need), bytes_text(extra), bytes_text(room));
 
     open_inputs(run, o, inputs_of, magnify);
     run->after_inputs = run->after_x;

@@ -39,8 +39,8 @@ typedef struct {
 
 /* Everything up to the call. Options that contradict each other, or files that do not fit, end the program
  * with exit 2. A kernel that cannot do what is asked, or does not fit into memory, is refused: nothing is
- * then held. inputs_of is another open run whose q, k, v or x may be shared when they are the same; NULL:
- * none. magnify multiplies q and k, or x. */
+ * then held. One that needs a GiB or more says so before it asks for it. inputs_of is another open run whose
+ * q, k, v or x may be shared when they are the same; NULL: none. magnify multiplies q and k, or x. */
 Refusal open_run(Run *run, const Chapter *chapter, const Kernel *kernel, const Options *options,
                  const Run *inputs_of, float magnify);
 void close_run(Run *run);

@@ -13,7 +13,8 @@ void time_runs(BenchmarkRow *row, Run *const *runs, int count, const Chapter *ch
     bool terminal = isatty(STDERR_FILENO);
     double *ms = allocate_zeroed((size_t)count * repeat, sizeof *ms);
     double *share = allocate_zeroed((size_t)count * repeat, sizeof *share);
-    for (int round = -1; round < repeat; round++) /* round -1 warms up */
+    for (int round = repeat > 1 ? -1 : 0; round < repeat;
+         round++) /* -1 warms up; one long run: its check did */
         for (int i = 0; i < count; i++) {
             if (terminal)
                 fprintf(stderr, "\r\033[Ktiming %s, round %d of %d", runs[i]->kernel->name, round + 1,
