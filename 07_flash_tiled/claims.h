@@ -2,7 +2,7 @@
 #ifndef CLAIMS_H
 #define CLAIMS_H
 
-/* Gets the words after "claims"; prints; returns the exit code. */
+/* Gets the words after "claims"; prints; returns the exit code: 1 if a claim does not hold. */
 int run_claims(int argc, char **argv);
 
 #endif
