@@ -14,18 +14,18 @@
 extern const Chapter chapter;
 
 enum { HEADS = 8, HEAD_SIZE = 64, WIDTH = HEADS * HEAD_SIZE };
-static const double dropout = 0.1;
 
 /* ---- What was asked for ---- */
 
 typedef struct {
     int layers, tokens, batch, threads, repeat;
+    double dropout;
     const char *tsv;
 } Setting;
 
 static Setting read_setting(int argc, char **argv)
 {
-    Setting s = {.layers = 12, .tokens = 512, .batch = 8, .repeat = 5};
+    Setting s = {.layers = 12, .tokens = 512, .batch = 8, .repeat = 5, .dropout = 0.1};
     const struct {
         const char *name;
         int *number, most;
@@ -39,17 +39,20 @@ static Setting read_setting(int argc, char **argv)
         int n = 0;
         while (n < count && strcmp(argv[i], numbers[n].name) != 0)
             n++;
-        bool tsv = strcmp(argv[i], "--tsv") == 0;
-        if ((n == count && !tsv) || i + 1 == argc)
+        bool tsv = strcmp(argv[i], "--tsv") == 0, dropout = strcmp(argv[i], "--dropout") == 0;
+        if ((n == count && !tsv && !dropout) || i + 1 == argc)
             die(EXIT_USAGE,
-                "layers takes --layers L, --tokens T, --batch B, --threads N, --repeat R, --tsv FILE, not "
-                "\"%.40s\"",
+                "layers takes --layers L, --tokens T, --batch B, --dropout P, --threads N, --repeat R, "
+                "--tsv FILE, not \"%.40s\"",
                 argv[i]);
         char end;
         if (tsv)
             s.tsv = argv[i + 1];
-        else if (sscanf(argv[i + 1], "%8d%c", numbers[n].number, &end) != 1 || *numbers[n].number < 1 ||
-                 *numbers[n].number > numbers[n].most)
+        else if (dropout) {
+            if (sscanf(argv[i + 1], "%lf%c", &s.dropout, &end) != 1 || !(s.dropout >= 0 && s.dropout < 1))
+                die(EXIT_USAGE, "--dropout takes a number from 0 to below 1, not \"%.40s\"", argv[i + 1]);
+        } else if (sscanf(argv[i + 1], "%8d%c", numbers[n].number, &end) != 1 || *numbers[n].number < 1 ||
+                   *numbers[n].number > numbers[n].most)
             die(EXIT_USAGE, "%s takes a whole number from 1 to %d, not \"%.40s\"", numbers[n].name,
                 numbers[n].most, argv[i + 1]);
     }
@@ -75,7 +78,7 @@ static void open_layer(Run *run, Options *options, const char *name, const Setti
     snprintf(tokens, sizeof tokens, "%d", s->tokens);
     snprintf(heads, sizeof heads, "%d", HEADS);
     snprintf(head_size, sizeof head_size, "%d", HEAD_SIZE);
-    snprintf(p, sizeof p, "%g", dropout);
+    snprintf(p, sizeof p, "%g", s->dropout);
     char *words[] = {"run",         "--batch", batch,       "--tokens", tokens,   "--heads", heads,
                      "--head-size", head_size, "--dropout", p,          "--pass", "both"};
     parse_options(options, sizeof words / sizeof *words, words);
@@ -96,7 +99,7 @@ typedef struct {
 } Contestant;
 
 static const Contestant contestants[] = {
-    {"naive", "materialised", "q, k, v, out, lse, the softmax, and what dropout left of it", true},
+    {"naive", "materialised", "q, k, v, out, lse, the softmax, and with dropout what is left of it", true},
     {"flash", "simd", "q, k, v, out, lse", false},
 };
 
@@ -107,19 +110,26 @@ typedef struct {
     bool worked_out;                /* from 2 layers */
 } Result;
 
+/* 0 if it needs none, as the naive one without dropout, whose softmax is the weights. */
+static size_t kept_workspace(const Run *run, const Contestant *c)
+{
+    return c->keeps_workspace && run->t.workspace[0] ? run->workspace_size[0] : 0;
+}
+
 static size_t layer_floats(const Run *run, const Contestant *c)
 {
     const AttentionShape *s = &run->problem.shape;
-    return 2 * query_count(s) + 2 * key_count(s) + lse_count(s) + run->weights_size +
-           (c->keeps_workspace ? run->workspace_size[0] : 0);
+    return 2 * query_count(s) + 2 * key_count(s) + lse_count(s) + run->weights_size + kept_workspace(run, c);
 }
 
 static size_t once_floats(const Run *run, const Contestant *c)
 {
     const AttentionShape *s = &run->problem.shape;
     size_t floats = 2 * query_count(s) + 2 * key_count(s); /* dout, dq, dk, dv */
-    for (int i = 0; i < MAX_BUFFERS; i++)
-        floats += run->backward_workspace_size[i] + (c->keeps_workspace ? 0 : run->workspace_size[i]);
+    for (int i = 0; i < MAX_BUFFERS; i++) {
+        floats += run->t.backward_workspace[i] ? run->backward_workspace_size[i] : 0;
+        floats += run->t.workspace[i] && !c->keeps_workspace ? run->workspace_size[i] : 0;
+    }
     return floats;
 }
 
@@ -140,8 +150,8 @@ static Tensors add_layer(const Run *run, const Contestant *c)
     t.lse = allocate_floats(lse_count(s));
     if (t.weights)
         t.weights = allocate_floats(run->weights_size);
-    if (c->keeps_workspace)
-        t.workspace[0] = allocate_floats(run->workspace_size[0]);
+    if (kept_workspace(run, c))
+        t.workspace[0] = allocate_floats(kept_workspace(run, c));
     return t;
 }
 
@@ -372,7 +382,7 @@ static void append_rows(const Setting *s, const Result *results, int threads)
                 "layer_mib\tonce_mib\tpeak_mib\thow\n");
     for (int i = 0; file && i < 2; i++)
         fprintf(file, "%s\t%d\t%d\t%d\t%d\t%d\t%g\t%d\t%s\t%.6g\t%.6g\t%.6g\t%.6g\t%.6g\t%s\n",
-                machine_name(), s->layers, s->tokens, s->batch, HEADS, HEAD_SIZE, dropout, threads,
+                machine_name(), s->layers, s->tokens, s->batch, HEADS, HEAD_SIZE, s->dropout, threads,
                 contestants[i].kernel, results[i].forward_ms, results[i].ms,
                 results[i].layer_bytes / (1 << 20), results[i].once_bytes / (1 << 20),
                 results[i].bytes / (1 << 20), results[i].worked_out ? "worked out" : "measured");
@@ -389,8 +399,8 @@ int run_layers(int argc, char **argv)
     printf(
         "%d layers, each %d x %d tokens of %d numbers, %d heads of %d; forward, then backward in reverse\n",
         s.layers, s.batch, s.tokens, WIDTH, HEADS, HEAD_SIZE);
-    printf("valid keys %s; dropout %g; float32; %s, %d thread%s\n", lengths, dropout, machine_name(), threads,
-           threads > 1 ? "s" : "");
+    printf("valid keys %s; dropout %g; float32; %s, %d thread%s\n", lengths, s.dropout, machine_name(),
+           threads, threads > 1 ? "s" : "");
     bool good = true;
     for (int i = 0; i < 2; i++)
         good = time_layers(&results[i], &contestants[i], &s, lengths) && good;

@@ -301,7 +301,8 @@ static const Kernel kernels[] = {
 
 static const ChapterMode modes[] = {
     {"layers",
-     "[--layers L] [--tokens T] [--batch B] [--threads N] [--repeat R] [--tsv FILE]: with the matrix and "
+     "[--layers L] [--tokens T] [--batch B] [--dropout P] [--threads N] [--repeat R] [--tsv FILE]: with the "
+     "matrix and "
      "without, over many layers",
      run_layers},
     {"claims", "[--tsv FILE]: the first call against later ones; -1e9 against -inf", run_claims},

@@ -20,27 +20,41 @@ static double furthest(const float *a, const float *b, size_t n)
     return most;
 }
 
+/* Of dq, dk and dv. */
+static double gradients_apart(const StoryRun *a, const StoryRun *b)
+{
+    size_t queries = query_count(&a->shape), keys = key_count(&a->shape);
+    double dq = furthest(a->t.dq, b->t.dq, queries), dk = furthest(a->t.dk, b->t.dk, keys),
+           dv = furthest(a->t.dv, b->t.dv, keys);
+    return isnan(dq + dk + dv) ? NAN : fmax(dq, fmax(dk, dv));
+}
+
+/* Output and gradients, of which the oracle has judged each by itself. */
+static void claim_same(Story *story, const char *name, const StoryRun *run, const StoryRun *expected)
+{
+    double apart = furthest(run->t.out, expected->t.out, query_count(&run->shape)),
+           gradients = gradients_apart(run, expected);
+    story_claim(story, apart <= 2e-6 && gradients <= 2e-5,
+                "%-21s and materialised differ by %.1e at most, in dq, dk and dv by %.1e", name, apart,
+                gradients);
+}
+
 static void tell_tiles(Story *story)
 {
-    const char *problem = "--heads 12 --tokens 1024 --head-size 64 --causal";
+    const char *problem = "--heads 12 --tokens 1024 --head-size 64 --causal --pass both";
     story_heading(story, "Tiles change nothing");
-    story_say(
-        story,
-        "12 causal heads, 1024 tokens of 64 numbers: the same output with the T x TK matrix and without it, "
-        "for tiles of any size.");
+    story_say(story, "12 causal heads, 1024 tokens of 64 numbers: the same output and the same gradients of "
+                     "out.sum() with "
+                     "the T x TK matrix and without it, for tiles of any size.");
     const StoryRun *expected = story_run(story, "materialised", problem);
     static const char *const tiles[] = {"--tile 64x64", "--tile 3x5", "--tile 1x2000"};
     for (int i = 0; i < 3; i++) {
-        char words[128];
+        char words[128], name[64];
         snprintf(words, sizeof words, "%s %s", problem, tiles[i]);
-        const StoryRun *run = story_run(story, "tiled", words);
-        double apart = furthest(run->t.out, expected->t.out, query_count(&run->shape));
-        story_claim(story, apart <= 2e-6, "tiled, %-14s and materialised differ by %.1e at most", tiles[i],
-                    apart);
+        snprintf(name, sizeof name, "tiled, %s", tiles[i]);
+        claim_same(story, name, story_run(story, "tiled", words), expected);
     }
-    const StoryRun *run = story_run(story, "simd", problem);
-    double apart = furthest(run->t.out, expected->t.out, query_count(&run->shape));
-    story_claim(story, apart <= 2e-6, "simd                  and materialised differ by %.1e at most", apart);
+    claim_same(story, "simd", story_run(story, "simd", problem), expected);
 }
 
 /* The bytes of a kernel's workspace. */
@@ -79,21 +93,52 @@ static void tell_memory(Story *story)
                 "the fast tiles' scratch is as large as before: there are no more than %d", FLASH_TASKS);
 }
 
+static double norm(const float *x, size_t n)
+{
+    double sum = 0;
+    for (size_t i = 0; i < n; i++)
+        sum += (double)x[i] * x[i];
+    return sqrt(sum);
+}
+
+/* The gradients of out.sum(), sums of 8192 rows that nearly cancel, and so to five figures: the norm of dx's, then of
+ * each parameter's. reference/notebook_modules.tsv */
+static void tell_gradients(Story *story, const StoryRun *run, double dx, const double *norms)
+{
+    double ours = norm(run->t.dx, (size_t)run->shape.batch * run->shape.tokens * run->shape.embed);
+    story_claim(story, fabs(ours - dx) <= 1e-5 * dx, "%-32s norm %11.4f, PyTorch's %11.4f", "dx", ours, dx);
+    for (int i = 0; i < run->parameters->count; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "d_%s", run->parameters->list[i].name);
+        ours = norm(run->parameters->list[i].gradient,
+                    run->parameters->list[i].size[0] * run->parameters->list[i].size[1]);
+        story_claim(story, fabs(ours - norms[i]) <= 1e-5 * norms[i], "%-32s norm %11.4f, PyTorch's %11.4f",
+                    name, ours, norms[i]);
+    }
+}
+
 static void tell_notebook(Story *story, const StoryRun *causal, const StoryRun *future)
 {
     static const double sdpa[6] = {0.3409292, -0.02430938, 0.004581543, 0.02482991, 0.02445523, -0.01866736};
     static const double mask[6] = {0.01886547, 0.03523598, 0.03210562, 0.01431189, 0.03654278, 0.010864};
     static const double torch_mha[6] = {0.2677648,  0.2954288,   -0.002144566,
                                         0.03782766, 0.006217474, -0.01936917};
+    /* In the order in which the parameters are drawn. */
+    static const double sdpa_gradients[] = {58629.7578, 60032.0595, 227023.363};
+    static const double mask_gradients[] = {57804.471, 56467.7973, 227023.363};
+    static const double torch_gradients[] = {39486.5352, 33568.6152, 39627.1201, 227023.363};
     story_heading(story, "The notebook's implementations 5, 8 and 6, 8 x 1024 x 768, 12 heads, seed 123");
-    story_say(
-        story,
-        "Beside what PyTorch 2.15 computed on a CPU. 5 is scaled_dot_product_attention(is_causal=True):");
+    story_say(story, "Beside what PyTorch 2.15 computed on a CPU, gradients of out.sum() too. 5 is "
+                     "scaled_dot_product_attention(is_causal=True):");
     story_notebook(story, causal, sdpa, 92.2031735);
+    tell_gradients(story, causal, 1179.8246, sdpa_gradients);
     story_say(story, "\n8 is nn.MultiheadAttention(need_weights=False), then a projection:");
-    story_notebook(story, story_run(story, "torch-mha-noweights", ""), torch_mha, 78.0672562);
+    const StoryRun *torch = story_run(story, "torch-mha-noweights", "--pass both");
+    story_notebook(story, torch, torch_mha, 78.0672562);
+    tell_gradients(story, torch, 841.901104, torch_gradients);
     story_say(story, "\n6 is 5 with a mask tensor in place of is_causal. Its numbers are others:");
     story_notebook(story, future, mask, 92.4122157);
+    tell_gradients(story, future, 1179.07405, mask_gradients);
 
     int C = future->shape.embed_out, T = future->shape.tokens;
     double apart = furthest(future->t.out + (size_t)(T - 1) * C, future->t.parameter[2], C);
@@ -144,7 +189,8 @@ static void tell_mask(Story *story, const StoryRun *causal, const StoryRun *futu
 
 void tell_flash_tiled(Story *story)
 {
-    const StoryRun *causal = story_run(story, "sdpa", ""), *future = story_run(story, "sdpa-mask", "");
+    const StoryRun *causal = story_run(story, "sdpa", "--pass both"),
+                   *future = story_run(story, "sdpa-mask", "--pass both");
     tell_notebook(story, causal, future);
     tell_mask(story, causal, future);
     tell_tiles(story);
