@@ -294,15 +294,18 @@ static void story(Story *story)
     story_time(story, "einsum-loops einsum", "--batch 1 --tokens 512 --pass backward");
 }
 
+static const ChapterMode modes[] = {
+    {"einsum", "SPECIFICATION SIZES SIZES: tries any einsum, as ./run einsum \"ij,jk->ik\" 2,3 3,4",
+     try_einsum},
+    {0}};
+
 const Chapter chapter = {
     .number = 5,
     .title = "Attention in einsum",
     .folder = "05_einsum_style",
     .kernels = kernels,
     .story = story,
-    .extra_mode = "einsum",
-    .extra_mode_what = "SPECIFICATION SIZES SIZES: tries any einsum, as ./run einsum \"ij,jk->ik\" 2,3 3,4",
-    .run_extra_mode = try_einsum,
+    .modes = modes,
 };
 
 int main(int argc, char **argv)

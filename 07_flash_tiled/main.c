@@ -1,16 +1,16 @@
-/* Chapter 7: flash attention in tiles. Its kernels, and its story. */
+/* Chapter 7: flash attention in tiles. Its kernels. */
 #include "chapter.h"
+#include "claims.h"
 #include "flash_modules.h"
 #include "flash_modules_backward.h"
 #include "flash_tiled.h"
 #include "flash_tiled_backward.h"
 #include "flash_tiled_simd.h"
 #include "flash_tiled_simd_backward.h"
-#include "memory.h"
+#include "layers.h"
+#include "story_flash_tiled.h"
 
-#include <math.h>
 #include <stdio.h>
-#include <stdlib.h>
 
 /* ---- Kernels that take q, k and v ---- */
 
@@ -96,8 +96,6 @@ static void backward_simd(const Tensors *t, const AttentionShape *s)
 }
 
 /* ---- Modules ---- */
-
-enum { QKV, CONTEXT, SCRATCH, LSE, ATTENDED }; /* their workspace */
 
 static int workspace_sdpa(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
@@ -301,153 +299,23 @@ static const Kernel kernels[] = {
     {0},
 };
 
-/* ---- The story ---- */
-
-static double furthest(const float *a, const float *b, size_t n)
-{
-    double most = 0;
-    for (size_t i = 0; i < n; i++) {
-        double apart = fabs((double)a[i] - b[i]);
-        most = apart <= most ? most : apart; /* a NaN stays */
-    }
-    return most;
-}
-
-static void tell_tiles(Story *story)
-{
-    const char *problem = "--heads 12 --tokens 1024 --head-size 64 --causal";
-    story_heading(story, "Tiles change nothing");
-    story_say(
-        story,
-        "12 causal heads, 1024 tokens of 64 numbers: the same output with the T x TK matrix and without it, "
-        "for tiles of any size.");
-    const StoryRun *expected = story_run(story, "materialised", problem);
-    static const char *const tiles[] = {"--tile 64x64", "--tile 3x5", "--tile 1x2000"};
-    for (int i = 0; i < 3; i++) {
-        char words[128];
-        snprintf(words, sizeof words, "%s %s", problem, tiles[i]);
-        const StoryRun *run = story_run(story, "tiled", words);
-        double apart = furthest(run->t.out, expected->t.out, query_count(&run->shape));
-        story_claim(story, apart <= 2e-6, "tiled, %-14s and materialised differ by %.1e at most", tiles[i],
-                    apart);
-    }
-    const StoryRun *run = story_run(story, "simd", problem);
-    double apart = furthest(run->t.out, expected->t.out, query_count(&run->shape));
-    story_claim(story, apart <= 2e-6, "simd                  and materialised differ by %.1e at most", apart);
-}
-
-static double bytes_of(int (*workspace)(const AttentionShape *s, size_t floats[MAX_BUFFERS]),
-                       const AttentionShape *s)
-{
-    size_t floats[MAX_BUFFERS], sum = 0;
-    for (int i = workspace(s, floats); i-- > 0;)
-        sum += floats[i];
-    return 4.0 * (double)sum;
-}
-
-static void tell_memory(Story *story)
-{
-    story_heading(story, "Memory beyond inputs and outputs, 12 heads of 64");
-    story_say(story, "%9s %14s %14s %14s", "tokens", "materialised", "tiled 64x64", "simd");
-    AttentionShape s = {
-        .batch = 1, .heads = 12, .kv_heads = 12, .head_size = 64, .tile_rows = 64, .tile_columns = 64};
-    double first[3] = {0}, last[3] = {0};
-    for (s.tokens = 1024; s.tokens <= 65536; s.tokens *= 4) {
-        s.key_tokens = s.tokens;
-        last[0] = 4.0 * (double)weights_count(&s);
-        last[1] = bytes_of(workspace_tiled, &s);
-        last[2] = bytes_of(workspace_simd, &s);
-        story_say(story, "%9d %14s %14s %14s", s.tokens, bytes_text(last[0]), bytes_text(last[1]),
-                  bytes_text(last[2]));
-        for (int i = 0; i < 3 && s.tokens == 1024; i++)
-            first[i] = last[i];
-    }
-    story_claim(story, last[0] == 4096 * first[0], "64 times the tokens: the matrix is 4096 times as large");
-    story_claim(story, last[1] == 64 * first[1],
-                "the plain tiles' maxima, sums and scores are 64 times as large");
-    story_claim(story, last[2] == first[2],
-                "the fast tiles' scratch is as large as before: there are no more than %d", FLASH_TASKS);
-}
-
-static void tell_notebook(Story *story, const StoryRun *causal, const StoryRun *future)
-{
-    static const double sdpa[6] = {0.3409292, -0.02430938, 0.004581543, 0.02482991, 0.02445523, -0.01866736};
-    static const double mask[6] = {0.01886547, 0.03523598, 0.03210562, 0.01431189, 0.03654278, 0.010864};
-    static const double torch_mha[6] = {0.2677648,  0.2954288,   -0.002144566,
-                                        0.03782766, 0.006217474, -0.01936917};
-    story_heading(story, "The notebook's implementations 5, 8 and 6, 8 x 1024 x 768, 12 heads, seed 123");
-    story_say(
-        story,
-        "Beside what PyTorch 2.15 computed on a CPU. 5 is scaled_dot_product_attention(is_causal=True):");
-    story_notebook(story, causal, sdpa, 92.2031735);
-    story_say(story, "\n8 is nn.MultiheadAttention(need_weights=False), then a projection:");
-    story_notebook(story, story_run(story, "torch-mha-noweights", ""), torch_mha, 78.0672562);
-    story_say(story, "\n6 is 5 with a mask tensor in place of is_causal. Its numbers are others:");
-    story_notebook(story, future, mask, 92.4122157);
-
-    int C = future->shape.embed_out, T = future->shape.tokens;
-    double apart = furthest(future->t.out + (size_t)(T - 1) * C, future->t.parameter[2], C);
-    story_claim(story, apart == 0, "its last token sees nothing: out is proj.bias, bit for bit");
-}
-
-/* Implementation 6's module once more, its mask read from a tensor in one way or the other. */
-static double apart_with_tensor(void (*read)(float *bias, const bool *tensor, size_t n), const StoryRun *run,
-                                const float *expected)
-{
-    AttentionShape s = run->shape;
-    const Tensors *t = &run->t;
-    size_t T = s.tokens, count = (size_t)s.batch * T * s.embed_out;
-    bool *triu = allocate_zeroed(T * T, sizeof *triu);
-    float *bias = allocate_floats(T * T), *out = allocate_floats(count);
-    for (size_t row = 0; row < T; row++)
-        for (size_t column = row + 1; column < T; column++)
-            triu[row * T + column] = true;
-    read(bias, triu, T * T);
-    s.mask.kind = MASK_NONE;
-    s.bias = bias;
-    s.bias_stride[2] = T;
-    s.bias_stride[3] = 1;
-    sdpa_module(out, t->workspace[QKV], t->workspace[CONTEXT], NULL, t->workspace[SCRATCH], t->x,
-                t->parameter[0], t->parameter[1], t->parameter[2], &s);
-    double apart = furthest(out, expected, count);
-    free(triu);
-    free(bias);
-    free(out);
-    return apart;
-}
-
-static void tell_mask(Story *story, const StoryRun *causal, const StoryRun *future)
-{
-    story_heading(story, "A mask that means the opposite");
-    story_say(story, "6's tensor is triu(ones(T, T), diagonal=1), True above the diagonal. The notebook's "
-                     "other modules fill in "
-                     "-inf where it is True, and nn.MultiheadAttention does as well. But to "
-                     "scaled_dot_product_attention True "
-                     "means: may attend.");
-    double apart = apart_with_tensor(true_may_attend, future, future->t.out);
-    story_claim(story, apart <= 2e-6,
-                "True may attend: %.1e from sdpa-mask at most; each query sees the future alone", apart);
-    apart = apart_with_tensor(true_may_not_attend, future, causal->t.out);
-    story_claim(story, apart <= 2e-6, "the tensor inverted: %.1e from sdpa at most; causal, as was meant",
-                apart);
-}
-
-static void story(Story *story)
-{
-    const StoryRun *causal = story_run(story, "sdpa", ""), *future = story_run(story, "sdpa-mask", "");
-    tell_notebook(story, causal, future);
-    tell_mask(story, causal, future);
-    tell_tiles(story);
-    tell_memory(story);
-    story_time(story, "materialised tiled simd", "--heads 12 --tokens 1024 --head-size 64");
-}
+static const ChapterMode modes[] = {
+    {"layers",
+     "[--layers L] [--tokens T] [--batch B] [--dropout P] [--threads N] [--repeat R] [--tsv FILE]: with the "
+     "matrix and "
+     "without, over many layers",
+     run_layers},
+    {"claims", "[--tsv FILE]: the first call against later ones; -1e9 against -inf", run_claims},
+    {0},
+};
 
 const Chapter chapter = {
     .number = 7,
     .title = "Flash attention in tiles",
     .folder = "07_flash_tiled",
     .kernels = kernels,
-    .story = story,
+    .story = tell_flash_tiled,
+    .modes = modes,
 };
 
 int main(int argc, char **argv)

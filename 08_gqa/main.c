@@ -306,6 +306,9 @@ static void story(Story *story)
                "--heads 12 --kv-heads 3 --tokens 1024 --head-size 64 --causal");
 }
 
+static const ChapterMode modes[] = {
+    {"decode", "[--tsv FILE]: time for one more token, with a KV cache and without", run_decode}, {0}};
+
 const Chapter chapter = {
     .number = 8,
     .title = "Grouped queries, and the KV cache",
@@ -314,9 +317,7 @@ const Chapter chapter = {
     .checks = checks,
     .story = story,
     .group = 4,
-    .extra_mode = "decode",
-    .extra_mode_what = "[--tsv FILE]: time for one more token, with a KV cache and without",
-    .run_extra_mode = run_decode,
+    .modes = modes,
 };
 
 int main(int argc, char **argv)

@@ -498,6 +498,9 @@ static void story(Story *story)
     tell_times(story);
 }
 
+static const ChapterMode modes[] = {
+    {"mask", "[--mask NAME] [--tokens T] [--block N] [--tsv FILE]: pictures of block masks", run_mask}, {0}};
+
 const Chapter chapter = {
     .number = 9,
     .title = "Block masks: what most pairs forbid, nobody computes",
@@ -505,9 +508,7 @@ const Chapter chapter = {
     .kernels = kernels,
     .checks = checks,
     .story = story,
-    .extra_mode = "mask",
-    .extra_mode_what = "[--mask NAME] [--tokens T] [--block N] [--tsv FILE]: pictures of block masks",
-    .run_extra_mode = run_mask,
+    .modes = modes,
 };
 
 int main(int argc, char **argv)

@@ -15,7 +15,7 @@
 #include <omp.h>
 #endif
 
-static int use_threads(int wanted)
+int use_threads(int wanted)
 {
 #ifdef _OPENMP
     int threads = wanted ? wanted : omp_get_num_procs();
@@ -34,8 +34,8 @@ static void print_help(const Chapter *chapter)
     printf("Chapter %d: %s\n\n", chapter->number, chapter->title);
     printf("  ./run              the chapter's story: its numbers, checked, then one timing\n");
     printf("  ./run [options]    runs the kernels on the problem named, checks them against the oracle\n");
-    if (chapter->extra_mode)
-        printf("  ./run %-12s %s\n", chapter->extra_mode, chapter->extra_mode_what);
+    for (const ChapterMode *mode = chapter->modes; mode && mode->word; mode++)
+        printf("  ./run %-12s %s\n", mode->word, mode->what);
     printf("\nKernels:\n");
     for (const Kernel *k = chapter->kernels; k->name; k++)
         printf("  %-20s takes %-4s %s\n", k->name, k->takes == TAKES_X ? "x;" : "qkv;", k->what);
@@ -191,10 +191,11 @@ static int check(const Chapter *chapter, const Options *o)
 int chapter_main(int argc, char **argv, const Chapter *chapter)
 {
     choose_blas_core(argv);
-    if (chapter->extra_mode && argc > 1 && strcmp(argv[1], chapter->extra_mode) == 0) {
-        use_threads(0);
-        return chapter->run_extra_mode(argc - 2, argv + 2);
-    }
+    for (const ChapterMode *mode = chapter->modes; mode && mode->word && argc > 1; mode++)
+        if (strcmp(argv[1], mode->word) == 0) {
+            use_threads(0);
+            return mode->run(argc - 2, argv + 2);
+        }
     Options options;
     parse_options(&options, argc, argv);
     int exit_code = EXIT_PASSED;

@@ -14,6 +14,12 @@ typedef struct {
     const char *(*check)(void);
 } ExtraCheck;
 
+/* A chapter's own mode beside the common ones, as ./run WORD [options]. */
+typedef struct {
+    const char *word, *what;           /* what: half a line for --help */
+    int (*run)(int argc, char **argv); /* gets the words after WORD; returns the exit code */
+} ChapterMode;
+
 typedef struct {
     int number;
     const char *title;
@@ -22,14 +28,15 @@ typedef struct {
     const ExtraCheck *checks; /* ends with a row whose name is NULL; NULL: none */
     void (*story)(Story *story);
     int group; /* --kv-heads when not given: this many query heads share one; 0 or 1: each has its own */
-    /* A chapter's own mode beside the common ones, as ./run WORD [options] ("decode", "mask"); NULL: none.
-     * Gets the words after WORD; returns the exit code. */
-    const char *extra_mode, *extra_mode_what;
-    int (*run_extra_mode)(int argc, char **argv);
+    const ChapterMode *modes; /* ends with a row whose word is NULL; NULL: none */
 } Chapter;
 
 /* The whole command line. Returns the exit code. */
 int chapter_main(int argc, char **argv, const Chapter *chapter);
+
+/* From here on `wanted` threads, or all cores if 0. Returns how many. Ends the program with exit 3 if the build has
+ * no OpenMP and more than one is wanted. */
+int use_threads(int wanted);
 
 /* ---- Telling the story. Everything printed goes through these, so that nine chapters look alike. ---- */
 

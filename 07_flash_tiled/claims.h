@@ -1,0 +1,8 @@
+/* ./run claims: what a first call costs, and -1e9 against -inf as a mask. */
+#ifndef CLAIMS_H
+#define CLAIMS_H
+
+/* Gets the words after "claims"; prints; returns the exit code: 1 if a claim does not hold. */
+int run_claims(int argc, char **argv);
+
+#endif

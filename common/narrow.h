@@ -1,0 +1,19 @@
+/* The two 16-bit floating-point formats, and float32 rounded to them.
+ *
+ *   half   sign, 5 bits of exponent (bias 15), 10 of fraction: to 65504, steps of 2^-10 of the number
+ *   bf16   sign, 8 bits of exponent (bias 127), 7 of fraction: a float32 cut off, steps of 2^-7
+ *
+ * Both round to nearest, ties to even, as IEEE 754 says; too large becomes infinite; subnormal numbers count; a NaN
+ * stays a NaN of its sign, and is quiet. From 16 bits to float32 nothing is lost. */
+#ifndef COMMON_NARROW_H
+#define COMMON_NARROW_H
+
+#include <stdint.h>
+
+uint16_t half_from_float(float x);
+float half_to_float(uint16_t bits);
+
+uint16_t bf16_from_float(float x);
+float bf16_to_float(uint16_t bits);
+
+#endif
