@@ -158,7 +158,7 @@ list=$tables/steps
 for name in $wanted; do
     mkdir -p "$tables/$name"
     "steps_of_$name"
-done > "$list"
+done | awk -F '\t' '!seen[$1]++' > "$list" # one core: 1 thread and all threads are the same
 touch "$tables/seconds" # what each step took: its name, seconds, the estimate
 
 # left: steps left, and about how many minutes, as "12 steps, about 3 minutes"
