@@ -24,7 +24,7 @@ mkdir -p "$tables" || exit 2
 
 step() { printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4"; }
 
-# The 72 rows of the A100's table.
+# The 72 rows of the A100's table. At T = 8192 backward is both less forward, to save a third of an hour.
 steps_of_a100() {
     for tokens in 2048 4096 8192; do
         for kernel in materialised simd; do
@@ -32,13 +32,14 @@ steps_of_a100() {
                 dropout=${features% *} bias=${features#* }
                 for causal in 0 1; do
                     for pass in forward backward both; do
+                        [ $tokens-$pass != 8192-backward ] || continue
                         options="--kernel $kernel --pass $pass --batch 1 --heads 12 --tokens $tokens --head-size 128"
                         [ $dropout = 0 ] || options="$options --dropout $dropout"
                         [ $bias = 0 ] || options="$options --bias randn"
                         [ $causal = 0 ] || options="$options --causal"
                         options="$options --repeat $((8192 / tokens - 8192 / tokens / 4))"
                         seconds=$(awk -v T=$tokens -v k=$kernel -v p=$pass -v d=$dropout -v b=$bias 'BEGIN {
-                            s = (p == "forward" ? 1 : 3) * (d > 0 ? 2.5 : 1) * (b ? 1.7 : 1) * (k == "simd" ? 0.3 : 0.7)
+                            s = (p == "forward" ? 1 : 3) * (d > 0 ? k == "simd" ? 4 : 2 : 1) * (b ? 1.7 : 1) * (k == "simd" ? 0.3 : 0.7) * (T == 8192 ? 0.5 : 1)
                             printf "%.1f", s * T * T / 4e6 }')
                         step "a100/$kernel-$tokens-$dropout-$bias-$causal-$pass" "$seconds" 07_flash_tiled "$options"
                     done
