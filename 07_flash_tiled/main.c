@@ -442,11 +442,14 @@ static void story(Story *story)
     story_time(story, "materialised tiled simd", "--heads 12 --tokens 1024 --head-size 64");
 }
 
+DECLARE_DEVICE_KERNELS(flash_tiled);
+
 const Chapter chapter = {
     .number = 7,
     .title = "Flash attention in tiles",
     .folder = "07_flash_tiled",
     .kernels = kernels,
+    .device_kernels = {DEVICE_KERNELS(flash_tiled, "tiled")},
     .story = story,
 };
 

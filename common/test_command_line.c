@@ -112,6 +112,12 @@ static const BadLine bad[] = {
     {CAUSAL, "--kernel causal --dropout 0.5 --rng cuda", 2, "CPU stream"},
     /* devices and memory */
     {FLASH, "--device cuda", 3, "--device cpu"},
+#ifdef HAVE_SIMT
+    {FLASH, "--device simt --kernel simd", 2, "for --device simt; it has tiled"},
+    {EINSUM, "--device simt", 2, "take --device cpu"},
+#else
+    {FLASH, "--device simt", 3, "no-C++-compiler"},
+#endif
     {FLASH, "--kernel materialised --batch 32 --heads 32 --tokens 8192 --head-size 224", 3,
      "kernel materialised needs"},
     {FLASH, "--kernel tiled --batch 100000 --heads 100 --tokens 8192 --head-size 64", 3,
