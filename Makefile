@@ -43,7 +43,8 @@ LDLIBS   += $(CUDA_LIBS) $(BLAS_LIBS) $(OPENMP_LIBS) -lm
 
 # A .cu file is compiled twice: as C++ for the CPU stand-in for CUDA threads, and by nvcc for GPUs.
 WARN_CXX   := $(filter-out -Wstrict-prototypes,$(WARN)) -Wno-missing-field-initializers
-SIMT_FLAGS := -std=c++17 -g $(OPTIMISE) $(ARCH) $(WARN_CXX) -fno-exceptions -fno-rtti $(OPENMP_CFLAGS)
+SIMT_FLAGS := -std=c++17 -g $(OPTIMISE) $(ARCH) $(WARN_CXX) -fno-exceptions -fno-rtti $(OPENMP_CFLAGS) \
+              $(if $(filter yes,$(SANITIZE)),-fno-sanitize=vptr $(if $(findstring clang,$(SIMT_CXX)),-fno-sanitize=function))
 CUDA_FLAGS := -std=c++17 -O3 -lineinfo -gencode arch=compute_80,code=sm_80 \
               -gencode arch=compute_90,code=\"sm_90,compute_90\" $(if $(CI),-Werror all-warnings) \
               -Xcompiler -Wall,-Wextra,-Wno-missing-field-initializers,-fno-exceptions,-fno-threadsafe-statics
