@@ -3,6 +3,7 @@
 #   BUILD=dir     where everything built goes            CC=clang     another compiler
 #   SETUP=no      install nothing, look only             SANITIZE=yes AddressSanitizer and UBSan
 #   ARCH=flags    the processor built for (default: this one)
+#   SIMT=no       without the CPU stand-in for CUDA threads   CUDA=no     without nvcc   NVCC=path
 
 CHAPTERS := 01_self_attention 02_causal_attention 03_multihead_wrapper 04_packed_qkv 05_einsum_style \
             06_online_softmax 07_flash_tiled 08_gqa 09_block_sparse
@@ -27,18 +28,29 @@ ifeq ($(filter clean setup format,$(MAKECMDGOALS)),)
 endif
 $(BUILD)/config.mk: common/probe.sh
 	@mkdir -p $(BUILD)
-	@CC="$(CC)" sh common/probe.sh > $@.new && mv $@.new $@
+	@CC="$(CC)" NVCC="$(NVCC)" sh common/probe.sh > $@.new && mv $@.new $@
 
 # The same, looking again: set-up may have installed something. Nothing is rebuilt where nothing has changed.
 .PHONY: probe
 probe:
 	@mkdir -p $(BUILD)
-	@CC="$(CC)" sh common/probe.sh > $(BUILD)/config.new
+	@CC="$(CC)" NVCC="$(NVCC)" sh common/probe.sh > $(BUILD)/config.new
 	@cmp -s $(BUILD)/config.new $(BUILD)/config.mk || cp $(BUILD)/config.new $(BUILD)/config.mk
 
-CPPFLAGS += -D_GNU_SOURCE -Icommon $(BLAS_CPPFLAGS)
+CPPFLAGS += -D_GNU_SOURCE -Icommon $(BLAS_CPPFLAGS) $(SIMT_CPPFLAGS) $(CUDA_CPPFLAGS)
 CFLAGS   += -std=c11 -g $(OPTIMISE) $(ARCH) $(WARN) $(OPENMP_CFLAGS)
-LDLIBS   += $(BLAS_LIBS) $(OPENMP_LIBS) -lm
+LDLIBS   += $(CUDA_LIBS) $(BLAS_LIBS) $(OPENMP_LIBS) -lm
+
+# A .cu file is compiled twice: as C++ for the CPU stand-in for CUDA threads, and by nvcc for GPUs.
+WARN_CXX   := $(filter-out -Wstrict-prototypes,$(WARN)) -Wno-missing-field-initializers
+SIMT_FLAGS := -std=c++17 -g $(OPTIMISE) $(ARCH) $(WARN_CXX) -fno-exceptions -fno-rtti $(OPENMP_CFLAGS) \
+              $(if $(filter yes,$(SANITIZE)),-fno-sanitize=vptr $(if $(findstring clang,$(SIMT_CXX)),-fno-sanitize=function))
+CUDA_FLAGS := -std=c++17 -O3 -lineinfo -gencode arch=compute_80,code=sm_80 \
+              -gencode arch=compute_90,code=\"sm_90,compute_90\" $(if $(CI),-Werror all-warnings) \
+              -Xcompiler -Wall,-Wextra,-Wno-missing-field-initializers,-fno-exceptions,-fno-threadsafe-statics
+devices = $(if $(SIMT_CXX),$(patsubst %.cu,$(BUILD)/%.simt.o,$(1))) $(if $(NVCC),$(patsubst %.cu,$(BUILD)/%.cuda.o,$(1)))
+COMMON_DEVICES := $(if $(SIMT_CXX),$(patsubst %.cpp,$(BUILD)/%.simt.o,$(filter-out common/test_%,$(wildcard common/*.cpp)))) \
+                  $(if $(NVCC),$(BUILD)/common/device_cuda.cuda.o)
 
 COMMON_SOURCES := $(filter-out common/test_% common/fuzz_%,$(wildcard common/*.c))
 COMMON_LIBRARY := $(BUILD)/common/libcommon.a
@@ -52,21 +64,34 @@ $(BUILD)/%.o: %.c $(BUILD)/config.mk
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(if $(findstring /test_,$<),$(CRITERION_CFLAGS)) -MMD -MP -c -o $@ $<
 
+$(BUILD)/%.simt.o: %.cu $(BUILD)/config.mk
+	@mkdir -p $(@D)
+	$(SIMT_CXX) -x c++ -DSIMT $(CPPFLAGS) $(SIMT_FLAGS) -MMD -MP -c -o $@ $<
+
+$(BUILD)/%.simt.o: %.cpp $(BUILD)/config.mk
+	@mkdir -p $(@D)
+	$(SIMT_CXX) -DSIMT $(CPPFLAGS) $(SIMT_FLAGS) -MMD -MP -c -o $@ $<
+
+$(BUILD)/%.cuda.o: %.cu $(BUILD)/config.mk
+	@mkdir -p $(@D)
+	$(NVCC) $(CPPFLAGS) $(CUDA_FLAGS) -MMD -MP -c -o $@ $<
+
 # A chapter's main.c again for its tests, which bring a main of their own.
 $(BUILD)/%/main_for_test.o: %/main.c $(BUILD)/config.mk
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(CFLAGS) -Dmain=chapter_program -MMD -MP -c -o $@ $<
 
-$(COMMON_LIBRARY): $(call objects,$(COMMON_SOURCES))
+$(COMMON_LIBRARY): $(call objects,$(COMMON_SOURCES)) $(COMMON_DEVICES)
 	rm -f $@ && $(AR) rcs $@ $^
 
 # chapter_rules(folder)
 define chapter_rules
 ALGORITHMS_$(1) := $$(filter-out $(1)/main.c $(1)/test_% $(1)/fuzz_%,$$(wildcard $(1)/*.c)) $$(BORROWS_$(1))
+DEVICES_$(1)    := $$(call devices,$$(wildcard $(1)/*.cu))
 TESTS_$(1)      := $$(wildcard $(1)/test_*.c)
-$$(BUILD)/$(1)/run: $$(call objects,$(1)/main.c $$(ALGORITHMS_$(1))) $$(COMMON_LIBRARY)
+$$(BUILD)/$(1)/run: $$(call objects,$(1)/main.c $$(ALGORITHMS_$(1))) $$(DEVICES_$(1)) $$(COMMON_LIBRARY)
 	$$(CC) $$(CFLAGS) $$(LDFLAGS) -o $$@ $$^ $$(LDLIBS)
-$$(BUILD)/$(1)/test: $$(BUILD)/$(1)/main_for_test.o $$(call objects,$$(ALGORITHMS_$(1)) $$(TESTS_$(1)) common/test_chapter.c) $$(COMMON_LIBRARY)
+$$(BUILD)/$(1)/test: $$(BUILD)/$(1)/main_for_test.o $$(call objects,$$(ALGORITHMS_$(1)) $$(TESTS_$(1)) common/test_chapter.c) $$(DEVICES_$(1)) $$(COMMON_LIBRARY)
 	$$(CC) $$(CFLAGS) $$(LDFLAGS) -o $$@ $$^ $$(LDLIBS) -lcriterion
 .PHONY: $(1) chapter-$(patsubst 0%,%,$(firstword $(subst _, ,$(1)))) $(patsubst 0%,%,$(firstword $(subst _, ,$(1))))
 chapter-$(patsubst 0%,%,$(firstword $(subst _, ,$(1)))): $$(BUILD)/$(1)/run
@@ -140,7 +165,7 @@ fuzz: $(FUZZERS)
 	done
 
 format:
-	clang-format -i $$(git ls-files '*.c' '*.h')
+	clang-format -i $$(git ls-files '*.c' '*.h' '*.cu' '*.cpp')
 
 clean:
 	rm -rf $(BUILD) run

@@ -246,11 +246,14 @@ static void story(Story *story)
     story_time(story, "materialised online", "--heads 12 --tokens 1024 --head-size 64 --causal");
 }
 
+DECLARE_DEVICE_KERNELS(online_softmax);
+
 const Chapter chapter = {
     .number = 6,
     .title = "Online softmax: attention in one pass over the keys",
     .folder = "06_online_softmax",
     .kernels = kernels,
+    .device_kernels = {DEVICE_KERNELS(online_softmax, "online")},
     .checks = checks,
     .story = story,
 };

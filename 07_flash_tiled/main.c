@@ -309,6 +309,8 @@ static const ChapterMode modes[] = {
     {0},
 };
 
+DECLARE_DEVICE_KERNELS(flash_tiled);
+
 const Chapter chapter = {
     .number = 7,
     .title = "Flash attention in tiles",
@@ -316,6 +318,7 @@ const Chapter chapter = {
     .kernels = kernels,
     .story = tell_flash_tiled,
     .modes = modes,
+    .device_kernels = {DEVICE_KERNELS(flash_tiled, "tiled")},
 };
 
 int main(int argc, char **argv)

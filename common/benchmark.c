@@ -202,11 +202,12 @@ const char *append_tsv(const char *path, const BenchmarkRow *row)
         "%s%s%s\t%s\t%s\t%s\t%s\t%s\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%s\t%d\t%g\t%d\t%d\t%.6g\t%.6g\t%.6g\t%."
         "6g\t"
         "%.6g\t%.4g\t%.10g\t%.6g\t%.3g\t%s\n",
-        status.st_size == 0 ? header : "", last == '\n' ? "" : "\n", machine_name(), row->chapter,
-        row->kernel, row->device, row->dtype, row->pass, row->batch, row->heads, row->kv_heads, row->tokens,
-        row->key_tokens, row->head_size, row->embed, row->embed_out, row->mask, row->bias, row->dropout,
-        row->threads, row->time.repeats, row->time.ms_min, row->time.ms_median, row->time.ms_p95, row->gflops,
-        row->gb_per_s, row->percent_of_peak, row->pairs_kept, row->peak_mib, row->max_abs_err, row->checked);
+        status.st_size == 0 ? header : "", last == '\n' ? "" : "\n",
+        row->machine ? row->machine : machine_name(), row->chapter, row->kernel, row->device, row->dtype,
+        row->pass, row->batch, row->heads, row->kv_heads, row->tokens, row->key_tokens, row->head_size,
+        row->embed, row->embed_out, row->mask, row->bias, row->dropout, row->threads, row->time.repeats,
+        row->time.ms_min, row->time.ms_median, row->time.ms_p95, row->gflops, row->gb_per_s,
+        row->percent_of_peak, row->pairs_kept, row->peak_mib, row->max_abs_err, row->checked);
     if (length >= (int)sizeof text)
         wrong = cannot(path, "a row of more than 4096 letters");
     else {

@@ -5,6 +5,10 @@
 #include <stdbool.h>
 #include <stddef.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* Seconds on a clock that never goes back. */
 double now(void);
 
@@ -25,9 +29,9 @@ double peak_burst_gflops(int threads, double ms);
 /* The machine's name for charts and TSV rows: $MACHINE, or the processor's name and the number of cores. */
 const char *machine_name(void);
 
-/* One row of results, its columns as the design's TSV names them. */
+/* One row of results, its columns as the design's TSV names them. machine: NULL stands for machine_name(). */
 typedef struct {
-    const char *chapter, *kernel, *device, *dtype, *pass;
+    const char *machine, *chapter, *kernel, *device, *dtype, *pass;
     int batch, heads, kv_heads, tokens, key_tokens, head_size, embed, embed_out;
     char mask[64];
     bool bias;
@@ -46,5 +50,9 @@ const char *append_tsv(const char *path, const BenchmarkRow *row);
 /* For people, on stdout: kernel, median, spread, GFLOP/s, percent of peak, memory, error. Header first. */
 void print_row_header(void);
 void print_row(const BenchmarkRow *row);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

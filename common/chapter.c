@@ -45,11 +45,50 @@ static void print_help(const Chapter *chapter)
            "memory.\n");
 }
 
+/* Is name one of the words? */
+static bool has_word(const char *words, const char *name)
+{
+    size_t length = strlen(name);
+    for (const char *at = words; (at = strstr(at, name)); at += length)
+        if ((at == words || at[-1] == ' ') && (at[length] == ' ' || at[length] == '\0'))
+            return true;
+    return false;
+}
+
+/* ",simt,cuda(no-device)" for a kernel that a .cu has too. */
+static void print_devices(const Chapter *chapter, const char *name)
+{
+    for (const DeviceKernels *file = chapter->device_kernels; file->names; file++)
+        for (Device device = DEVICE_SIMT; has_word(file->names, name) && device <= DEVICE_CUDA; device++) {
+            const char *missing = device_missing(device);
+            printf(",%s%s%s%s", device_name(device), missing ? "(" : "", missing ? missing : "",
+                   missing ? ")" : "");
+        }
+}
+
 static void print_list(const Chapter *chapter)
 {
-    for (const Kernel *k = chapter->kernels; k->name; k++)
-        printf("%s %s %s f32 cpu\n", k->name, k->takes == TAKES_X ? "x" : "qkv",
+    for (const Kernel *k = chapter->kernels; k->name; k++) {
+        printf("%s %s %s f32 cpu", k->name, k->takes == TAKES_X ? "x" : "qkv",
                k->backward ? "forward,backward" : "forward");
+        print_devices(chapter, k->name);
+        printf("\n");
+    }
+}
+
+/* Where the kernels will run. Ends the program where nothing can. */
+static Device choose_device(const Chapter *chapter, Device wanted)
+{
+    bool auto_cuda = wanted == DEVICE_AUTO && chapter->device_kernels[0].cuda && !device_missing(DEVICE_CUDA);
+    Device device = wanted != DEVICE_AUTO ? wanted : auto_cuda ? DEVICE_CUDA : DEVICE_CPU;
+    const char *missing = device_missing(device);
+    if (missing)
+        die(EXIT_UNAVAILABLE, "--device %s cannot be had here (%s); take --device cpu", device_name(device),
+            missing);
+    if (device != DEVICE_CPU && !chapter->device_kernels[0].names)
+        die(EXIT_USAGE, "chapter %d has no kernels for --device %s; take --device cpu", chapter->number,
+            device_name(device));
+    return device;
 }
 
 static void reject_unknown_kernel(const Chapter *chapter, const char *name)
@@ -60,7 +99,9 @@ static void reject_unknown_kernel(const Chapter *chapter, const char *name)
             return;
         snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s", *names ? ", " : "", k->name);
     }
-    die(EXIT_USAGE, "chapter %d has no kernel \"%.40s\"; it has %s", chapter->number, name, names);
+    die(EXIT_USAGE, "chapter %d has no kernel \"%.40s\"%s%s; it has %s", chapter->number, name,
+        chapter->device == DEVICE_CPU ? "" : " for --device ",
+        chapter->device == DEVICE_CPU ? "" : device_name(chapter->device), names);
 }
 
 /* Makes the folder if it is absent, and its parents, and tries to write into it. */
@@ -149,7 +190,11 @@ static int compute(const Chapter *chapter, const Options *o, int threads)
         }
     }
     if (o->bench && !failed) {
-        printf("%s; %s; %d thread%s\n", machine_name(), matmul_library(), threads, threads > 1 ? "s" : "");
+        if (open[0]->device)
+            printf("%s\n", open[0]->device->machine());
+        else
+            printf("%s; %s; %d thread%s\n", machine_name(), matmul_library(), threads,
+                   threads > 1 ? "s" : "");
         time_runs(rows, open, opened, chapter, o->repeat, threads);
         print_row_header();
         for (int i = 0; i < opened; i++) {
@@ -204,11 +249,15 @@ int chapter_main(int argc, char **argv, const Chapter *chapter)
     else if (options.list)
         print_list(chapter);
     else {
+        options.device = choose_device(chapter, options.device);
+        Kernel rows[MAX_DEVICE_ROWS];
+        Chapter on_device;
+        if (options.device != DEVICE_CPU) {
+            on_device = chapter_on(chapter, options.device, rows);
+            chapter = &on_device;
+        }
         if (!all_kernels(&options))
             reject_unknown_kernel(chapter, options.kernel);
-        if (options.device != DEVICE_CPU)
-            die(EXIT_UNAVAILABLE, "this build has no device %s; take --device cpu",
-                options.device == DEVICE_CUDA ? "cuda" : "simt");
         const char *wrong = options.tsv ? check_tsv(options.tsv) : NULL;
         if (wrong)
             die(EXIT_USAGE, "--tsv %s", wrong);

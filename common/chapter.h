@@ -4,6 +4,7 @@
 
 #include "kernel.h"
 #include "compare.h"
+#include "device.h"
 
 typedef struct Story Story;
 
@@ -20,12 +21,40 @@ typedef struct {
     int (*run)(int argc, char **argv); /* gets the words after WORD; returns the exit code */
 } ChapterMode;
 
+/* A .cu's kernels, compiled twice: for the CPU stand-in and for a GPU. Both tables are arrays that end with a row
+ * whose name is NULL, and NULL where this build has no compiler for them. */
+typedef struct {
+    const char *names; /* of its kernels, with spaces between them; NULL: the list ends here */
+    const Kernel *simt, *cuda;
+} DeviceKernels;
+
+/* FILE.cu's entry: DEVICE_KERNELS(flash_tiled, "tiled"), behind DECLARE_DEVICE_KERNELS(flash_tiled). */
+#define DECLARE_DEVICE_KERNELS(file) extern const Kernel file##_simt[], file##_cuda[]
+#define DEVICE_KERNELS(file, names)                                                                          \
+    {                                                                                                        \
+        names, SIMT_TABLE(file), CUDA_TABLE(file)                                                            \
+    }
+#ifdef HAVE_SIMT
+#define SIMT_TABLE(file) file##_simt
+#else
+#define SIMT_TABLE(file) NULL
+#endif
+#ifdef HAVE_CUDA
+#define CUDA_TABLE(file) file##_cuda
+#else
+#define CUDA_TABLE(file) NULL
+#endif
+
+enum { MAX_DEVICE_FILES = 6, MAX_DEVICE_ROWS = 24 };
+
 typedef struct {
     int number;
     const char *title;
-    const char *folder;       /* "07_flash_tiled" */
-    const Kernel *kernels;    /* ends with a row whose name is NULL */
-    const ExtraCheck *checks; /* ends with a row whose name is NULL; NULL: none */
+    const char *folder;                                 /* "07_flash_tiled" */
+    const Kernel *kernels;                              /* ends with a row whose name is NULL */
+    DeviceKernels device_kernels[MAX_DEVICE_FILES + 1]; /* of its .cu files; ends with a row of zeros */
+    Device device;                                      /* where `kernels` run */
+    const ExtraCheck *checks;                           /* ends with a row whose name is NULL; NULL: none */
     void (*story)(Story *story);
     int group; /* --kv-heads when not given: this many query heads share one; 0 or 1: each has its own */
     const ChapterMode *modes; /* ends with a row whose word is NULL; NULL: none */
@@ -82,6 +111,10 @@ extern const float sentence[6][3];
 
 /* ---- For tests: one body of cases for --check and for Criterion. ---- */
 int check_count(const Chapter *chapter);
+/* The same chapter with the kernels that it has for a device, and no checks of its own: *rows becomes its table. It
+ * may be empty. */
+Chapter chapter_on(const Chapter *chapter, Device device, Kernel rows[MAX_DEVICE_ROWS]);
+
 /* Runs case i; returns true if it passed. text says what it was and how it went, in one line. */
 bool check_case(const Chapter *chapter, int i, char *text, size_t size);
 

@@ -113,6 +113,22 @@ static const Kernel *locate(const Chapter *chapter, int i, int *which)
     return NULL;
 }
 
+Chapter chapter_on(const Chapter *chapter, Device device, Kernel rows[MAX_DEVICE_ROWS])
+{
+    Chapter there = *chapter;
+    int count = 0;
+    for (const DeviceKernels *file = chapter->device_kernels; file->names; file++) {
+        const Kernel *table = device == DEVICE_CUDA ? file->cuda : file->simt;
+        for (; table && table->name && count < MAX_DEVICE_ROWS - 1; table++)
+            rows[count++] = *table;
+    }
+    rows[count] = (Kernel){0};
+    there.device = device;
+    there.kernels = rows;
+    there.checks = NULL;
+    return there;
+}
+
 int check_count(const Chapter *chapter)
 {
     int count = 0;
@@ -142,7 +158,7 @@ bool check_case(const Chapter *chapter, int i, char *text, size_t size)
     }
     const Case *c = kernel->takes == TAKES_X ? &module_cases[which] : &core_cases[which];
     char words[256], result[400];
-    char *argv[40] = {"run"};
+    char *argv[48] = {"run"};
     int argc = 1;
     snprintf(words, sizeof words, "%s", c->words);
     char *rest = words;
@@ -154,6 +170,10 @@ bool check_case(const Chapter *chapter, int i, char *text, size_t size)
         argv[argc++] = "--dout";
         argv[argc++] = "randn";
     }
+    if (chapter->device != DEVICE_CPU) {
+        argv[argc++] = "--device";
+        argv[argc++] = (char *)device_name(chapter->device);
+    }
     Options options;
     parse_options(&options, argc, argv);
 
@@ -164,11 +184,13 @@ bool check_case(const Chapter *chapter, int i, char *text, size_t size)
         snprintf(result, sizeof result, "skipped: %s", refusal.reason);
     else
         check_text(result, sizeof result, run);
-    snprintf(text, size, "%s --kernel %s %s%s: %s",
+    snprintf(text, size, "%s --kernel %s%s%s %s%s: %s",
              refusal.exit_code ? "-"
              : passed          ? "✓"
                                : "✗",
-             kernel->name, c->words, c->magnify ? " (q and k times 30)" : "", result);
+             kernel->name, chapter->device == DEVICE_CPU ? "" : " --device ",
+             chapter->device == DEVICE_CPU ? "" : device_name(chapter->device), c->words,
+             c->magnify ? " (q and k times 30)" : "", result);
     if (refusal.exit_code == 0)
         close_run(run);
     free(run);

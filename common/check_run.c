@@ -268,7 +268,9 @@ bool check_run(Run *run)
     poison(run->t.weights, run->weights_size);
     for (int i = 0; i < MAX_BUFFERS && run->t.workspace[i]; i++)
         poison(run->t.workspace[i], run->workspace_size[i]);
+    poison_on_device(run, PASS_FORWARD);
     forward_run(run);
+    fetch_from_device(run, PASS_FORWARD);
 
     size_t all = module ? (size_t)s->batch * s->tokens : lse_count(s);
     run->sampled = all > SAMPLE && run_flops(run, run->pass) > all_at_most;
@@ -284,7 +286,9 @@ bool check_run(Run *run)
     (module ? check_module : check_core)(run, rows, count, keep);
     if (run->pass != PASS_FORWARD) {
         poison_gradients(run);
+        poison_on_device(run, PASS_BACKWARD);
         backward_run(run);
+        fetch_from_device(run, PASS_BACKWARD);
         (module ? check_module_gradients : check_core_gradients)(run, rows, count, keep);
     }
     free(keep);

@@ -9,7 +9,15 @@ enum {
     EXIT_UNAVAILABLE = 3,  /* no such device, or not enough memory */
 };
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* Prints "error: MESSAGE" and ends the program. The message says what was wrong and what would be right. */
-_Noreturn void die(int exit_code, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void die(int exit_code, const char *format, ...) __attribute__((noreturn, format(printf, 2, 3)));
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -25,4 +25,6 @@ mark "threads" "$([ -n "$(value OPENMP_LIBS)" ] && echo OpenMP)" "kernels run on
 mark "matrix products" "$(value BLAS_NAME)" "plain C loops stand in; install libopenblas-openmp-dev"
 mark "charts" "$(command -v gnuplot > /dev/null && gnuplot --version)" "install gnuplot-nox"
 mark "tests" "$([ -n "$(value HAVE_CRITERION)" ] && echo Criterion)" "install libcriterion-dev"
-mark "CUDA compiler" "$(command -v nvcc > /dev/null && nvcc --version | sed -n 's/.*release \([^,]*\).*/nvcc \1/p')" "not needed: the chapters run on the CPU"
+mark "C++ compiler" "$(value SIMT_CXX)" "the CUDA kernels' stand-in on this processor (--device simt) is left out; install g++"
+nvcc=$(value NVCC)
+mark "CUDA compiler" "$([ -n "$nvcc" ] && "$nvcc" --version | sed -n 's/.*release \([^,]*\).*/nvcc \1/p')$(value CUDA_LIBS | sed -n 's/.*-lcublas.*/ with cuBLAS/p')" "not needed: the chapters run on the CPU"

@@ -107,4 +107,13 @@ typedef struct Kernel {
                      const Tensors *t, const AttentionShape *s);
 } Kernel;
 
+/* The table at the end of FILE.cu, named for its build: DEVICE_TABLE(FILE) = { rows, {} }; */
+#ifdef __cplusplus
+#ifdef SIMT
+#define DEVICE_TABLE(file) extern "C" const Kernel file##_simt[]
+#else
+#define DEVICE_TABLE(file) extern "C" const Kernel file##_cuda[]
+#endif
+#endif
+
 #endif

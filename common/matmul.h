@@ -9,6 +9,10 @@
 #include <stdbool.h>
 #include <stddef.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* out (m,n) = alpha * A B + beta * out, with A (m,k), B (k,n).
  *   'N': the matrix lies in memory as named, rows ld apart; 'T': its transpose does, (k,m) or (n,k).
  * With beta = 0, out need not be initialised (NaN there does not matter). m, n, k >= 0. */
@@ -39,5 +43,9 @@ bool better_core_wanted(bool processor_has_avx512, const char *core, const char 
                         const char *own_choice);
 void core_text(char *text, size_t size, const char *version, bool processor_has_avx512, const char *core,
                const char *own_choice);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -4,6 +4,10 @@
 
 #include <stddef.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* n floats, 64-byte aligned, uninitialised; free() them. Ends the program with exit 3 where there is no room.
  */
 float *allocate_floats(size_t n);
@@ -16,5 +20,9 @@ size_t available_memory(void);
 
 /* "1.5 GiB", "96 MiB", "12 KiB": for people. A static buffer, one of four in turn. */
 const char *bytes_text(double bytes);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -137,11 +137,10 @@ static void special_option(Options *o, size_t which, const char *text)
 {
     switch (which) {
     case HELP: o->help = true; break;
-    case DEVICE: {
-        int device = one_of("device", text, (const char *const[]){"cpu", "simt", "cuda", "auto", NULL});
-        o->device = device == 3 ? DEVICE_CPU : (Device)device;
+    case DEVICE:
+        o->device =
+            (Device)one_of("device", text, (const char *const[]){"cpu", "simt", "cuda", "auto", NULL});
         break;
-    }
     case SCALE:
         o->scale = (float)real_number("scale", text, "between -1e30 and 1e30", -1e30, 1e30);
         o->has_scale = true;

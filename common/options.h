@@ -2,12 +2,12 @@
 #ifndef COMMON_OPTIONS_H
 #define COMMON_OPTIONS_H
 
+#include "device.h"
 #include "npy.h"
 #include "random.h"
 
 #include <stdio.h>
 
-typedef enum { DEVICE_CPU, DEVICE_SIMT, DEVICE_CUDA } Device;
 typedef enum { PASS_FORWARD, PASS_BACKWARD, PASS_BOTH } Pass;
 typedef enum { DTYPE_F32, DTYPE_BF16 } Dtype;
 

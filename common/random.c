@@ -60,24 +60,7 @@ static double draw_double(RandomStream *stream)
     return (double)(both & 0x1FFFFFFFFFFFFFu) * 0x1p-53;
 }
 
-/* ---- the CUDA generator: Philox4x32-10, one counter for each thread ---- */
-
-void philox4x32(uint32_t out[4], const uint32_t counter[4], uint64_t key)
-{
-    uint32_t a = counter[0], b = counter[1], c = counter[2], d = counter[3];
-    uint32_t key_low = (uint32_t)key, key_high = (uint32_t)(key >> 32);
-    for (int round = 0; round < 10; round++) {
-        uint64_t from_a = (uint64_t)0xD2511F53u * a;
-        uint64_t from_c = (uint64_t)0xCD9E8D57u * c;
-        a = (uint32_t)(from_c >> 32) ^ b ^ key_low;
-        b = (uint32_t)from_c;
-        c = (uint32_t)(from_a >> 32) ^ d ^ key_high;
-        d = (uint32_t)from_a;
-        key_low += 0x9E3779B9u;
-        key_high += 0xBB67AE85u;
-    }
-    out[0] = a, out[1] = b, out[2] = c, out[3] = d;
-}
+/* ---- the CUDA generator: Philox4x32-10 (philox.h), one counter for each thread ---- */
 
 /* Four floats in (0, 1]. A word near 2^32 rounds up to 1, a word of 0 stays above 0. */
 static void uniform4(float out[4], const uint32_t word[4])
@@ -217,8 +200,7 @@ float xavier_bound(int inputs, int outputs)
 }
 
 /* Four neighbouring keys share one counter, whose words stay at hand in each thread: keys asked for in order
- * cost a quarter of a Philox each. The counter's last word keeps it apart from those of launch() under the
- * same seed. */
+ * cost a quarter of a Philox each. */
 bool dropout_keeps(uint64_t seed, size_t row, int key, float p)
 {
     static _Thread_local struct {
@@ -229,10 +211,8 @@ bool dropout_keeps(uint64_t seed, size_t row, int key, float p)
 
     uint32_t four = (uint32_t)key / 4;
     if (last.four != four || last.row != row || last.seed != seed) {
-        uint32_t counter[4] = {four, (uint32_t)row, (uint32_t)((uint64_t)row >> 32),
-                               0x64726F70u /* "drop" */};
-        philox4x32(last.word, counter, seed);
+        dropout_words(last.word, seed, row, four);
         last.seed = seed, last.row = row, last.four = four;
     }
-    return last.word[key % 4] * 0x1p-32 >= p;
+    return word_keeps(last.word[key % 4], p);
 }

@@ -5,6 +5,8 @@
 #ifndef COMMON_RANDOM_H
 #define COMMON_RANDOM_H
 
+#include "philox.h"
+
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -49,9 +51,6 @@ void apply_dropout(RandomStream *stream, float *values, size_t n, double p);
 /* The bounds that the two initialisations of the notebooks use, for draw_uniform(-bound, bound). */
 float linear_bound(int inputs); /* nn.Linear, and kaiming_uniform with a = sqrt(5): 1 / sqrt(inputs) */
 float xavier_bound(int inputs, int outputs); /* xavier_uniform: sqrt(6 / (inputs + outputs)) */
-
-/* Ten rounds of Philox4x32 on one counter. */
-void philox4x32(uint32_t out[4], const uint32_t counter[4], uint64_t key);
 
 /* Dropout drawn by position: does the pair (row, key) stay? row is (b*NH + h)*T + t. Any order of asking
  * gives the same answer, so tiles, threads and the backward pass agree without storing anything. */

@@ -170,8 +170,11 @@ Refusal open_run(Run *run, const Chapter *chapter, const Kernel *kernel, const O
     int backward_buffers = backward && kernel->backward_workspace
                                ? kernel->backward_workspace(s, run->backward_workspace_size)
                                : 0;
+    memset(run->workspace_size + buffers, 0, (MAX_BUFFERS - buffers) * sizeof *run->workspace_size);
     for (int i = 0; i < backward_buffers; i++)
         extra += 4.0 * (double)run->backward_workspace_size[i];
+    memset(run->backward_workspace_size + backward_buffers, 0,
+           (MAX_BUFFERS - backward_buffers) * sizeof *run->backward_workspace_size);
     double inputs = module ? 4.0 * (double)x_count(s) + 16.0 * s->embed * (double)s->embed_out
                            : 4.0 * (double)query_count(s) + 8.0 * (double)key_count(s);
     double need = extra + 4.0 * (double)run->out_size + 4.0 * (double)run->weights_size + inputs +
@@ -190,6 +193,16 @@ Refusal open_run(Run *run, const Chapter *chapter, const Kernel *kernel, const O
         return refusal;
     }
     run->extra_bytes = (size_t)extra;
+    run->device = accelerator(o->device);
+    double device_room = run->device ? (double)run->device->free_memory() : need;
+    if (need > device_room) {
+        refusal.exit_code = EXIT_UNAVAILABLE;
+        snprintf(refusal.reason, sizeof refusal.reason,
+                 "needs %s and the device has %s free; take a smaller --batch or fewer --tokens",
+                 bytes_text(need), bytes_text(device_room));
+        close_run(run);
+        return refusal;
+    }
     if (need >= 1 << 30)
         printf("kernel %s needs %s, %s of it beyond inputs and outputs; %s are free\n", kernel->name,
                bytes_text(need), bytes_text(extra), bytes_text(room));
@@ -207,18 +220,20 @@ Refusal open_run(Run *run, const Chapter *chapter, const Kernel *kernel, const O
         run->t.lse = own_floats(run, lse_count(s));
     if (run->weights_size)
         run->t.weights = own_floats(run, run->weights_size);
-    for (int i = 0; i < buffers; i++)
+    for (int i = 0; i < buffers && !run->device; i++)
         run->t.workspace[i] = own_floats(run, run->workspace_size[i]);
-    if (backward) {
+    if (backward)
         open_gradients(run, o);
-        for (int i = 0; i < backward_buffers; i++)
-            run->t.backward_workspace[i] = own_floats(run, run->backward_workspace_size[i]);
-    }
+    for (int i = 0; i < backward_buffers && !run->device; i++)
+        run->t.backward_workspace[i] = own_floats(run, run->backward_workspace_size[i]);
+    if (run->device)
+        open_on_device(run);
     return refusal;
 }
 
 void close_run(Run *run)
 {
+    close_on_device(run);
     for (int i = 0; i < run->owned_count; i++)
         free(run->owned[i]);
     for (int i = 0; i < run->parameters.count; i++) {
@@ -230,6 +245,11 @@ void close_run(Run *run)
 
 void forward_run(Run *run)
 {
+    if (run->device) {
+        run->kernel->forward(&run->on_device, &run->device_shape);
+        run->device->finish();
+        return;
+    }
     run->dropout_stream = run->after_inputs;
     run->problem.shape.dropout_stream = &run->dropout_stream;
     run->kernel->forward(&run->t, &run->problem.shape);
@@ -237,6 +257,11 @@ void forward_run(Run *run)
 
 void backward_run(Run *run)
 {
+    if (run->device) {
+        run->kernel->backward(&run->on_device, &run->device_shape);
+        run->device->finish();
+        return;
+    }
     run->kernel->backward(&run->t, &run->problem.shape);
 }
 

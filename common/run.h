@@ -29,6 +29,12 @@ typedef struct {
     char gradient_name[64];
     void *owned[24 + 2 * MAX_BUFFERS]; /* what close_run() frees */
     int owned_count;
+    /* For a kernel on a device, where workspace lies too: t's holds none then. NULL: the kernel runs here. */
+    const Accelerator *device;
+    Tensors on_device;           /* t's tensors, in the device's memory */
+    AttentionShape device_shape; /* the problem's, its arrays in the device's memory */
+    void *device_owned[32 + 2 * MAX_BUFFERS + 2 * MAX_PARAMETERS];
+    int device_owned_count;
 } Run;
 
 /* Why a kernel was not opened. */
@@ -50,6 +56,13 @@ void forward_run(Run *run);
 
 /* The backward pass behind it: every gradient, from what forward left. */
 void backward_run(Run *run);
+
+/* The same tensors in the device's memory (run_on_device.c): allocated and filled from t once open_run() has drawn
+ * or read them; outputs and workspace, or gradients and theirs, made NaN; those fetched into t; all freed. */
+void open_on_device(Run *run);
+void poison_on_device(Run *run, Pass pass);
+void fetch_from_device(Run *run, Pass pass);
+void close_on_device(Run *run);
 
 /* Poisons outputs and workspace with NaN, calls forward (and backward if the pass asks for it), compares with
  * the oracle; true if all of it passed.

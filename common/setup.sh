@@ -2,7 +2,7 @@
 # Finds what is missing on this machine and installs it through the system's package manager when it may (as root, or with
 # a sudo that asks no password); else prints the one command to type. Goes on without what is optional.
 #
-#   setup.sh          for make demo: a C compiler, a CBLAS, gnuplot
+#   setup.sh          for make demo: a C and a C++ compiler, a CBLAS, gnuplot
 #   setup.sh tests    also Criterion
 #   setup.sh ci       also make, git, clang with its sanitizers and fuzzer, clang-format
 #
@@ -24,12 +24,13 @@ look() {
         "$compiler" -o "$tmp/a" "$tmp/a.c" 2> /dev/null; then
         found="$found compiler"
         CC=$compiler sh common/probe.sh > "$tmp/config"
+        if grep -q SIMT_CXX "$tmp/config"; then found="$found c++"; else missing="$missing c++"; fi
         if grep -q BLAS_NAME "$tmp/config"; then found="$found blas"; else missing="$missing blas"; fi
         if [ "$want" != demo ]; then
             if grep -q HAVE_CRITERION "$tmp/config"; then found="$found criterion"; else missing="$missing criterion"; fi
         fi
     else
-        missing="$missing compiler blas"
+        missing="$missing compiler c++ blas"
         [ "$want" = demo ] || missing="$missing criterion"
     fi
     if has gnuplot; then found="$found gnuplot"; else missing="$missing gnuplot"; fi
@@ -57,16 +58,19 @@ packages() {
     for part in $missing; do
         case "$1:$part" in
         apt-get:compiler) echo gcc libc6-dev ;;
+        apt-get:c++) echo g++ ;;
         apt-get:blas) echo libopenblas-openmp-dev ;;
         apt-get:criterion) echo libcriterion-dev ;;
         apt-get:gnuplot) echo gnuplot-nox fonts-dejavu-core ;;
         apt-get:clang-libraries) echo libomp-dev; [ -z "$(apt-cache policy libclang-rt-dev 2> /dev/null | grep 'Candidate: [0-9]')" ] || echo libclang-rt-dev ;;
         dnf:compiler) echo gcc glibc-devel ;;
+        dnf:c++) echo gcc-c++ ;;
         dnf:blas) echo openblas-devel ;;
         dnf:criterion) echo libcriterion-devel ;;
         dnf:clang-libraries) echo libomp-devel compiler-rt ;;
         dnf:clang-format) echo clang-tools-extra ;;
         pacman:compiler) echo gcc ;;
+        pacman:c++ | brew:c++) echo gcc ;;
         pacman:blas) echo openblas ;;
         pacman:criterion) ;; # not in its official repositories
         pacman:clang-libraries) echo openmp ;;
@@ -85,6 +89,7 @@ say_what() {
         case $part in
         compiler) echo "  ✗ compiler    a C compiler: nothing works without one" ;;
         blas) echo "  ✗ blas        OpenBLAS: matrix products several times faster than the plain loops that stand in" ;;
+        c++) echo "  ✗ c++         runs the CUDA kernels on this processor (--device simt)" ;;
         gnuplot) echo "  ✗ gnuplot     draws the charts" ;;
         criterion) echo "  ✗ criterion   runs the tests" ;;
         *) echo "  ✗ $part" ;;

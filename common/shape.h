@@ -7,6 +7,8 @@
 #ifndef COMMON_SHAPE_H
 #define COMMON_SHAPE_H
 
+#include "host_device.h"
+
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -56,7 +58,7 @@ typedef struct AttentionShape {
 
 /* One past the last key that row t of batch entry b can see: what a loop over the keys need not pass.
  * Causality and padding are in it; attends() has the last word on each pair below it. */
-static inline int keys_end(const AttentionShape *s, int b, int t)
+HOST_DEVICE static inline int keys_end(const AttentionShape *s, int b, int t)
 {
     int end = s->lengths ? s->lengths[b] : s->key_tokens;
     int place = t + s->key_tokens - s->tokens;
@@ -72,7 +74,7 @@ static inline int keys_end(const AttentionShape *s, int b, int t)
 }
 
 /* May query t of batch entry b and head h attend to key t2? Everything but a bias of -inf. */
-static inline bool attends(const AttentionShape *s, int b, int h, int t, int t2)
+HOST_DEVICE static inline bool attends(const AttentionShape *s, int b, int h, int t, int t2)
 {
     (void)h; /* no built-in mask looks at the head */
     int place = t + s->key_tokens - s->tokens;
@@ -98,12 +100,12 @@ static inline bool attends(const AttentionShape *s, int b, int h, int t, int t2)
 }
 
 /* True where no pair is forbidden by mask, causality or padding: a kernel may then skip asking. */
-static inline bool attends_to_all(const AttentionShape *s)
+HOST_DEVICE static inline bool attends_to_all(const AttentionShape *s)
 {
     return s->mask.kind == MASK_NONE && !s->causal && !s->lengths;
 }
 
-static inline float bias_at(const AttentionShape *s, int b, int h, int t, int t2)
+HOST_DEVICE static inline float bias_at(const AttentionShape *s, int b, int h, int t, int t2)
 {
     const size_t *stride = s->bias_stride;
     return s->bias ? s->bias[b * stride[0] + h * stride[1] + t * stride[2] + t2 * stride[3]] : 0.0f;
@@ -111,37 +113,37 @@ static inline float bias_at(const AttentionShape *s, int b, int h, int t, int t2
 
 /* Where a row of HS numbers starts: query (b, h, t) in q or out; key (b, h, t2) in k or v, h counted over the
  * query's heads: a group of NH / NKV query heads shares one key/value head. */
-static inline size_t query_row(const AttentionShape *s, int b, int h, int t)
+HOST_DEVICE static inline size_t query_row(const AttentionShape *s, int b, int h, int t)
 {
     return (((size_t)b * s->heads + h) * s->tokens + t) * s->head_size;
 }
 
-static inline size_t key_row(const AttentionShape *s, int b, int h, int t2)
+HOST_DEVICE static inline size_t key_row(const AttentionShape *s, int b, int h, int t2)
 {
     int kv_head = h / (s->heads / s->kv_heads);
     return (((size_t)b * s->kv_heads + kv_head) * s->key_tokens + t2) * s->head_size;
 }
 
 /* The row's place in lse (B,NH,T); times TK, in weights (B,NH,T,TK). */
-static inline size_t lse_index(const AttentionShape *s, int b, int h, int t)
+HOST_DEVICE static inline size_t lse_index(const AttentionShape *s, int b, int h, int t)
 {
     return ((size_t)b * s->heads + h) * s->tokens + t;
 }
 
 /* Counts of elements. validate_shape() has made sure that none of them overflows. */
-static inline size_t query_count(const AttentionShape *s)
+HOST_DEVICE static inline size_t query_count(const AttentionShape *s)
 {
     return query_row(s, s->batch, 0, 0);
 }
-static inline size_t key_count(const AttentionShape *s)
+HOST_DEVICE static inline size_t key_count(const AttentionShape *s)
 {
     return (size_t)s->batch * s->kv_heads * s->key_tokens * s->head_size;
 }
-static inline size_t lse_count(const AttentionShape *s)
+HOST_DEVICE static inline size_t lse_count(const AttentionShape *s)
 {
     return (size_t)s->batch * s->heads * s->tokens;
 }
-static inline size_t weights_count(const AttentionShape *s)
+HOST_DEVICE static inline size_t weights_count(const AttentionShape *s)
 {
     return lse_count(s) * s->key_tokens;
 }

@@ -8,6 +8,7 @@
 #include <criterion/redirect.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 extern const Chapter chapter;
 
@@ -24,6 +25,34 @@ ParameterizedTest(int *i, chapter, check)
 {
     char text[600];
     cr_expect(check_case(&chapter, *i, text, sizeof text), "%s", text);
+}
+
+/* The same shapes for its CUDA kernels, on the CPU stand-in. */
+static Kernel simt_rows[MAX_DEVICE_ROWS];
+
+ParameterizedTestParameters(chapter, check_simt)
+{
+    Chapter simt = chapter_on(&chapter, DEVICE_SIMT, simt_rows);
+    int count = check_count(&simt);
+    int *numbers = cr_malloc((count + 1) * sizeof *numbers);
+    for (int i = 0; i < count; i++)
+        numbers[i] = i;
+    return cr_make_param_array(int, numbers, count);
+}
+
+ParameterizedTest(int *i, chapter, check_simt)
+{
+    char text[600];
+    Chapter simt = chapter_on(&chapter, DEVICE_SIMT, simt_rows);
+    cr_expect(check_case(&simt, *i, text, sizeof text), "%s", text);
+}
+
+/* --list names a kernel's devices from a list of words: is each row of the table there? */
+Test(chapter, device_kernels_are_named)
+{
+    for (const DeviceKernels *file = chapter.device_kernels; file->names; file++)
+        for (const Kernel *k = file->simt; k && k->name; k++)
+            cr_expect(strstr(file->names, k->name), "%s is missing in DEVICE_KERNELS", k->name);
 }
 
 /* The story runs full sizes: not under sanitizers. */

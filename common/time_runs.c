@@ -5,6 +5,12 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+/* The ceiling right now: the device's own, or this processor's. */
+static double peak_gflops(const Run *run, int threads, double ms)
+{
+    return run->device ? run->device->peak_gflops(ms) : peak_burst_gflops(threads, ms);
+}
+
 void time_runs(BenchmarkRow *row, Run *const *runs, int count, const Chapter *chapter, int repeat,
                int threads)
 {
@@ -22,19 +28,19 @@ void time_runs(BenchmarkRow *row, Run *const *runs, int count, const Chapter *ch
             Pass pass = runs[i]->pass;
             if (pass == PASS_BACKWARD)
                 forward_run(runs[i]); /* backward may use up what forward left */
-            double before = peak_burst_gflops(threads, burst_ms);
+            double before = peak_gflops(runs[i], threads, burst_ms);
             double start = now();
             if (pass != PASS_BACKWARD)
                 forward_run(runs[i]);
             if (pass != PASS_FORWARD)
                 backward_run(runs[i]);
             double seconds = now() - start;
-            double after = peak_burst_gflops(threads, burst_ms);
+            double after = peak_gflops(runs[i], threads, burst_ms);
             if (round < 0)
                 continue;
             ms[i * repeat + round] = 1e3 * seconds;
-            share[i * repeat + round] =
-                100 * 1e-9 * run_flops(runs[i], pass) / seconds / (0.5 * (before + after));
+            double peak = 0.5 * (before + after);
+            share[i * repeat + round] = peak > 0 ? 100 * 1e-9 * run_flops(runs[i], pass) / seconds / peak : 0;
         }
     if (terminal)
         fprintf(stderr, "\r\033[K");
@@ -45,7 +51,8 @@ void time_runs(BenchmarkRow *row, Run *const *runs, int count, const Chapter *ch
         row[i] = (BenchmarkRow){
             .chapter = chapter->folder,
             .kernel = run->kernel->name,
-            .device = "cpu",
+            .machine = run->device ? run->device->machine() : machine_name(),
+            .device = run->device ? run->device->name : "cpu",
             .dtype = "f32",
             .pass = pass_names[run->pass],
             .batch = s->batch,

@@ -1,0 +1,37 @@
+/* What a .cu file needs to run its kernels, under nvcc and on the CPU stand-in alike:
+ *
+ *   LAUNCH(kernel, grid, block, shared_bytes, arguments..)   blocks of threads; an error ends the program with exit 3
+ *   DYNAMIC_SHARED(type, name);                              the block's shared_bytes, as an array
+ *   check_cuda(call)                                         the same for a call of the CUDA runtime; nvcc only
+ */
+#ifndef COMMON_CUDA_THREAD_H
+#define COMMON_CUDA_THREAD_H
+
+#ifdef SIMT
+#include "simt.h"
+
+#define LAUNCH(kernel, grid, block, shared_bytes, ...)                                                       \
+    simt_launch(grid, block, shared_bytes, [&] { kernel(__VA_ARGS__); })
+#define DYNAMIC_SHARED(type, name) type *name = (type *)simt_shared()
+
+#else
+#include "error.h"
+
+#include <cuda_runtime.h>
+
+#define check_cuda(call) check_cuda_status(call, #call, __FILE__, __LINE__)
+static inline void check_cuda_status(cudaError_t status, const char *call, const char *file, int line)
+{
+    if (status != cudaSuccess)
+        die(EXIT_UNAVAILABLE, "CUDA: %s in %.60s (%s:%d)", cudaGetErrorString(status), call, file, line);
+}
+
+#define LAUNCH(kernel, grid, block, shared_bytes, ...)                                                       \
+    do {                                                                                                     \
+        kernel<<<grid, block, shared_bytes>>>(__VA_ARGS__);                                                  \
+        check_cuda_status(cudaGetLastError(), "launch of " #kernel, __FILE__, __LINE__);                     \
+    } while (0)
+#define DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+#endif
+
+#endif

@@ -1,0 +1,51 @@
+/* Where kernels run: this processor, a GPU, or the CPU stand-in for one. A GPU has memory of its own. */
+#ifndef COMMON_DEVICE_H
+#define COMMON_DEVICE_H
+
+#include <stddef.h>
+
+typedef enum {
+    DEVICE_CPU,
+    DEVICE_SIMT,
+    DEVICE_CUDA,
+    DEVICE_AUTO /* cuda where there is one, else cpu */
+} Device;
+
+/* What can be done with a device. Each function ends the program with exit 3 and one line where the device
+ * fails. */
+typedef struct {
+    const char *name; /* as --device takes it */
+    /* NULL if a device is there, else why not, in one word or words with hyphens: "no-device" */
+    const char *(*missing)(void);
+    const char *(*machine)(void); /* its name for people and TSV rows */
+    size_t (*free_memory)(void);  /* bytes */
+    void *(*allocate)(size_t bytes);
+    void (*release)(void *memory); /* NULL: nothing */
+    void (*copy_to)(void *device, const void *host, size_t bytes);
+    void (*copy_from)(void *host, const void *device, size_t bytes);
+    void (*fill_with_nan)(void *floats, size_t bytes);
+    void (*finish)(void); /* waits for all that was launched */
+    /* GFLOP/s of its vendor's own product of float32 matrices; 0: nothing to compare with */
+    double (*peak_gflops)(double ms);
+} Accelerator;
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+extern const Accelerator accelerator_simt; /* device_simt.c */
+extern const Accelerator accelerator_cuda; /* device_cuda.cu; only where HAVE_CUDA is defined */
+
+/* NULL for the CPU, and for a device that this build has no compiler for. */
+const Accelerator *accelerator(Device device);
+
+const char *device_name(Device device);
+
+/* Why nothing can run there, as --list shows it behind the name: "no-nvcc", "no-device"; NULL: it can. */
+const char *device_missing(Device device);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

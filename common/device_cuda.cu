@@ -1,0 +1,121 @@
+/* The GPU that the CUDA runtime calls device 0. Built by nvcc alone. */
+#include "benchmark.h"
+#include "device.h"
+#include "error.h"
+#include "memory.h"
+#ifdef HAVE_CUBLAS
+#include "cublas.h"
+#endif
+
+#include <cuda_runtime.h>
+#include <stdio.h>
+
+#define CHECK(call) check(call, #call, __LINE__)
+static void check(cudaError_t status, const char *call, int line)
+{
+    if (status != cudaSuccess)
+        die(EXIT_UNAVAILABLE, "CUDA: %s in %.60s (%s:%d)", cudaGetErrorString(status), call, __FILE__, line);
+}
+
+static const char *missing(void)
+{
+    int count = 0, major = 0;
+    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0)
+        return "no-device";
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) != cudaSuccess)
+        return "no-device";
+    return major < 8 ? "older-than-sm_80" : nullptr;
+}
+
+static const char *machine(void)
+{
+    static char name[300];
+    cudaDeviceProp properties;
+    CHECK(cudaGetDeviceProperties(&properties, 0));
+    snprintf(name, sizeof name, "%s", properties.name);
+    return name;
+}
+
+static size_t free_memory(void)
+{
+    size_t room, all;
+    CHECK(cudaMemGetInfo(&room, &all));
+    return room;
+}
+
+static void *allocate(size_t bytes)
+{
+    void *memory = nullptr;
+    cudaError_t status = cudaMalloc(&memory, bytes ? bytes : 1);
+    if (status == cudaErrorMemoryAllocation)
+        die(EXIT_UNAVAILABLE, "the device has no room for %s; take a smaller --batch or fewer --tokens",
+            bytes_text((double)bytes));
+    CHECK(status);
+    return memory;
+}
+
+static void release(void *memory)
+{
+    CHECK(cudaFree(memory));
+}
+
+static void copy_to(void *device, const void *host, size_t bytes)
+{
+    CHECK(cudaMemcpy(device, host, bytes, cudaMemcpyHostToDevice));
+}
+
+static void copy_from(void *host, const void *device, size_t bytes)
+{
+    CHECK(cudaMemcpy(host, device, bytes, cudaMemcpyDeviceToHost));
+}
+
+static void fill_with_nan(void *floats, size_t bytes)
+{
+    CHECK(cudaMemset(floats, 0xFF, bytes));
+}
+
+static void finish(void)
+{
+    CHECK(cudaGetLastError());
+    CHECK(cudaDeviceSynchronize());
+}
+
+/* cuBLAS' own product of two 4096 x 4096 matrices: what the vendor reaches without tensor cores. */
+static double peak_gflops(double ms)
+{
+#ifdef HAVE_CUBLAS
+    const int n = 4096;
+    static float *matrix;
+    if (!matrix) {
+        CHECK(cudaMalloc(&matrix, 3 * sizeof(float) * n * n));
+        CHECK(cudaMemset(matrix, 0x3D, 3 * sizeof(float) * n * n));
+        device_matmul('N', 'N', n, n, n, 1, matrix, n, matrix + n * n, n, 0, matrix + 2 * n * n, n);
+    }
+    finish();
+    double start = now(), seconds, rounds = 0;
+    do {
+        device_matmul('N', 'N', n, n, n, 1, matrix, n, matrix + n * n, n, 0, matrix + 2 * n * n, n);
+        finish();
+        rounds++;
+        seconds = now() - start;
+    } while (seconds < 1e-3 * ms);
+    return rounds * 2e-9 * n * n * n / seconds;
+#else
+    (void)ms;
+    return 0;
+#endif
+}
+
+extern "C" const Accelerator accelerator_cuda = {
+    .name = "cuda",
+    .missing = missing,
+    .machine = machine,
+    .free_memory = free_memory,
+    .allocate = allocate,
+    .release = release,
+    .copy_to = copy_to,
+    .copy_from = copy_from,
+    .fill_with_nan = fill_with_nan,
+    .finish = finish,
+    .peak_gflops = peak_gflops,
+};
