@@ -58,7 +58,7 @@ objects = $(patsubst %.c,$(BUILD)/%.o,$(1))
 
 # Chapters 8 and 9 call chapter 7's fast tile steps.
 BORROWS_08_gqa          := $(wildcard 07_flash_tiled/flash_tiled_simd.c 07_flash_tiled/flash_tiled_simd_backward.c)
-BORROWS_09_block_sparse := $(wildcard 07_flash_tiled/flash_tiled_simd.c)
+BORROWS_09_block_sparse := $(wildcard 07_flash_tiled/flash_tiled_simd.c 07_flash_tiled/flash_tiled_simd_backward.c)
 
 $(BUILD)/%.o: %.c $(BUILD)/config.mk
 	@mkdir -p $(@D)

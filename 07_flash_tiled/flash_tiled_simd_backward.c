@@ -197,6 +197,10 @@ typedef struct {
 static Sight look_ahead(const Place *p)
 {
     const AttentionShape *s = p->s;
+    const FlashKnown *known = &p->g->known;
+    int kind = known->how_many ? known->how_many(s, p->b, p->t, p->t + p->rows, p->key, p->key + p->keys) : 1;
+    if (kind == 0)
+        return (Sight){0};
     int first = s->key_tokens, end = 0, all_first = 0, all_end = s->key_tokens;
     bool one_run = true;
     for (int r = 0; r < p->rows; r++) {
@@ -209,8 +213,8 @@ static Sight look_ahead(const Place *p)
     }
     Sight sight = {.from = larger(first - p->key, 0) / KEY_STEP * KEY_STEP,
                    .to = smaller(end - p->key, p->keys)};
-    sight.all = one_run && !s->bias && s->dropout == 0 && all_first <= p->key + sight.from &&
-                all_end >= p->key + sight.to && sight.to == p->keys;
+    bool every = kind == 2 || (one_run && all_first <= p->key + sight.from && all_end >= p->key + sight.to);
+    sight.all = every && !s->bias && s->dropout == 0 && sight.to == p->keys;
     return sight;
 }
 
@@ -381,6 +385,15 @@ static void set_keys(Place *p, int block)
     p->keys = larger(0, smaller(KEYS, end - p->key));
 }
 
+/* The first query at or after t that these keys have to meet. */
+static int next_query(const Place *p, int t)
+{
+    const FlashKnown *known = &p->g->known;
+    if (!known->next_query || t >= p->s->tokens || !p->keys)
+        return p->keys ? t : p->s->tokens;
+    return known->next_query(known->lists, p->s, p->b, p->h, t, p->key, p->key + p->keys);
+}
+
 static void set_queries(Place *p, int t)
 {
     p->t = t;
@@ -436,7 +449,7 @@ static void chunk_gradient(const FlashBackward *g, const float *delta, float *pa
         memset(x.dk_rows, 0, (size_t)KEYS * x.width * sizeof *x.dk_rows);
         memset(x.dv_rows, 0, (size_t)KEYS * x.width * sizeof *x.dv_rows);
         for (p.h = first_head; p.h < first_head + group; p.h++)
-            for (int t = 0; t < s->tokens; t += ROWS) {
+            for (int t = next_query(&p, 0); t < s->tokens; t = next_query(&p, t + ROWS)) {
                 Sight sight;
                 set_queries(&p, t);
                 if (!meet(&x, &p, &sight))
@@ -555,7 +568,7 @@ static void bias_gradient(const FlashBackward *g, const float *delta, float *scr
                 p.kv_head = p.h / (s->heads / s->kv_heads);
                 set_keys(&p, block);
                 read_keys(&x, &p);
-                for (int t = 0; t < s->tokens; t += ROWS) {
+                for (int t = next_query(&p, 0); t < s->tokens; t = next_query(&p, t + ROWS)) {
                     Sight sight;
                     set_queries(&p, t);
                     if (meet(&x, &p, &sight))

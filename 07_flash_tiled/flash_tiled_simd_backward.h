@@ -17,12 +17,22 @@ enum {
     FLASH_BACK_LISTS = 64,              /* how many lists of work there are at most */
 };
 
+/* What a caller knows of the mask beyond attends(): chapter 9's block lists. NULL: nothing. */
+typedef struct {
+    const void *lists;
+    /* The first query at or after t that has to meet some key of key <= .. < end; T if there is none. */
+    int (*next_query)(const void *lists, const AttentionShape *s, int b, int h, int t, int key, int end);
+    /* Of the pairs t <= .. < t_end, key <= .. < end: 0 if none may attend, 1 if some may, 2 if all. */
+    int (*how_many)(const AttentionShape *s, int b, int t, int t_end, int key, int end);
+} FlashKnown;
+
 /* view: q, k, v, out and lse as forward was given them and left them; lse must be there. */
 typedef struct {
     FlashView view;
     const float *dout;   /* lies as out does */
     float *dq, *dk, *dv; /* written: dq lies as q does, dk and dv as k and v do */
     float *dbias;        /* written if s->bias is there: in its layout */
+    FlashKnown known;
 } FlashBackward;
 
 /*   delta     (B,NH,T)                      written: rowsum(dout * out)

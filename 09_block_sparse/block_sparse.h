@@ -10,6 +10,7 @@
 #ifndef BLOCK_SPARSE_H
 #define BLOCK_SPARSE_H
 
+#include "../07_flash_tiled/flash_tiled_backward.h" /* AttentionBackward */
 #include "block_mask.h"
 
 /* The mask as most notebooks hand it over: a tensor of zeros and -inf, added to all the scores. What it
@@ -51,19 +52,12 @@ void flex_attention(float *out, float *qkv, float *context, float *lse, float *s
                     const float *qkv_weight, const float *proj_weight, const float *proj_bias,
                     const BlockMask *mask, const AttentionShape *s);
 
-/* What the backward pass of a core reads and writes. Rows without a key have gradients of 0. */
-typedef struct {
-    const float *q, *k, *v, *out, *lse, *dout; /* as forward was given them and left them; dout as out */
-    float *dq, *dk, *dv;                       /* written: as q, k, v */
-    float *dbias; /* written if s->bias is there: in its layout, summed over what it was broadcast to */
-} AttentionBackward;
-
 /* The gradients of attention_dense_mask, from its weights and softmax (the same pointer without dropout).
  * d_scores (B,NH,T,TK) is written: the gradient of the scores. lse is not read. */
 void attention_dense_mask_backward(const AttentionBackward *g, const float *weights, const float *softmax,
                                    float *d_scores, const AttentionShape *s);
 
-/* The gradients of attention_block_sparse, and of _simd, over the same lists: no block that is in none of them
+/* The gradients of attention_block_sparse over the same lists: no block that is in none of them
  * is loaded. Weights are computed again from lse, twice (three times with a bias).
  *
  *   delta        (B,NH,T)              written: rowsum(dout * out)
@@ -71,15 +65,25 @@ void attention_dense_mask_backward(const AttentionBackward *g, const float *weig
 void attention_block_sparse_backward(const AttentionBackward *g, float *delta, const BlockMask *mask,
                                      const BlockMask *transposed, const AttentionShape *s);
 
+/* The same with chapter 7's tile steps, after attention_block_sparse_simd: the lists must be of the book's
+ * masks.
+ *
+ *   delta     (B,NH,T)                            written
+ *   partial   flash_backward_partials(s) floats   what tasks that share a head add to dq
+ *   scratch   flash_backward_scratch(s) floats    64-byte aligned */
+void attention_block_sparse_simd_backward(const AttentionBackward *g, float *delta, float *partial,
+                                          float *scratch, const BlockMask *transposed,
+                                          const AttentionShape *s);
+
 /* The gradients of flex_attention, from the qkv, context and lse that it left.
  *
  *   dx, d_qkv_weight, d_proj_weight, d_proj_bias   written: as what they are the gradients of
  *   d_qkv (B,T,3*C_out), d_context (B,T,C_out)     written: likewise
- *   delta (B,NH,T)                                 written */
+ *   delta, partial, scratch                        as above */
 void flex_attention_backward(float *dx, float *d_qkv_weight, float *d_proj_weight, float *d_proj_bias,
-                             float *d_qkv, float *d_context, float *delta, const float *dout,
-                             const float *qkv, const float *context, const float *lse, const float *x,
-                             const float *qkv_weight, const float *proj_weight, const BlockMask *mask,
+                             float *d_qkv, float *d_context, float *delta, float *partial, float *scratch,
+                             const float *dout, const float *qkv, const float *context, const float *lse,
+                             const float *x, const float *qkv_weight, const float *proj_weight,
                              const BlockMask *transposed, const AttentionShape *s);
 
 #endif

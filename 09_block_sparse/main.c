@@ -1,4 +1,5 @@
 /* Chapter 9: block masks. Its kernels, its story, and the masks' pictures. */
+#include "../07_flash_tiled/flash_tiled_simd_backward.h"
 #include "benchmark.h"
 #include "block_sparse.h"
 #include "chapter.h"
@@ -43,8 +44,8 @@ static void backward_dense_mask(const Tensors *t, const AttentionShape *s)
                                   t->backward_workspace[0], s);
 }
 
-enum { LISTS, SCRATCH, QKV, CONTEXT, LSE };   /* workspace of the others */
-enum { TRANSPOSED, DELTA, D_QKV, D_CONTEXT }; /* and what their backward needs more */
+enum { LISTS, SCRATCH, QKV, CONTEXT, LSE };                       /* workspace of the others */
+enum { TRANSPOSED, DELTA, D_SCRATCH, PARTIAL, D_QKV, D_CONTEXT }; /* and what their backward needs more */
 
 static int workspace_block_sparse(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
@@ -76,13 +77,21 @@ static int backward_workspace(const AttentionShape *s, size_t floats[MAX_BUFFERS
     return 2;
 }
 
+static int backward_workspace_simd(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    backward_workspace(s, floats);
+    floats[D_SCRATCH] = flash_backward_scratch(s);
+    floats[PARTIAL] = flash_backward_partials(s);
+    return 4;
+}
+
 static int backward_workspace_flex(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
     size_t row = (size_t)s->batch * s->tokens * s->embed_out;
-    backward_workspace(s, floats);
+    backward_workspace_simd(s, floats);
     floats[D_QKV] = 3 * row;
     floats[D_CONTEXT] = row;
-    return 4;
+    return 6;
 }
 
 /* The lists are made anew in each call: what they cost is in the time. */
@@ -113,6 +122,14 @@ static void forward_simd(const Tensors *t, const AttentionShape *s)
     attention_block_sparse_simd(t->out, t->lse, t->workspace[SCRATCH], t->q, t->k, t->v, &mask, s);
 }
 
+static void backward_simd(const Tensors *t, const AttentionShape *s)
+{
+    float *const *d = t->backward_workspace;
+    BlockMask mask = lists(t, s), transposed = transpose_in(d[TRANSPOSED], &mask);
+    AttentionBackward g = gradients(t);
+    attention_block_sparse_simd_backward(&g, d[DELTA], d[PARTIAL], d[D_SCRATCH], &transposed, s);
+}
+
 static void parameters_flex(Parameters *p, const AttentionShape *s)
 {
     add_linear(p, "qkv", 3 * s->embed_out, s->embed, false);
@@ -131,8 +148,9 @@ static void backward_flex(const Tensors *t, const AttentionShape *s)
     BlockMask mask = lists(t, s), transposed = transpose_in(t->backward_workspace[TRANSPOSED], &mask);
     float *const *d = t->backward_workspace;
     flex_attention_backward(t->dx, t->d_parameter[0], t->d_parameter[1], t->d_parameter[2], d[D_QKV],
-                            d[D_CONTEXT], d[DELTA], t->dout, t->workspace[QKV], t->workspace[CONTEXT],
-                            t->workspace[LSE], t->x, t->parameter[0], t->parameter[1], &mask, &transposed, s);
+                            d[D_CONTEXT], d[DELTA], d[PARTIAL], d[D_SCRATCH], t->dout, t->workspace[QKV],
+                            t->workspace[CONTEXT], t->workspace[LSE], t->x, t->parameter[0], t->parameter[1],
+                            &transposed, s);
 }
 
 static void describe_flex(OracleModule *module, OracleLinear *query, OracleLinear *key, OracleLinear *value,
@@ -180,7 +198,9 @@ static const Kernel kernels[] = {
      .what = "chapter 7's fast tiles over the listed blocks",
      .takes = TAKES_QKV,
      .forward = forward_simd,
+     .backward = backward_simd,
      .workspace = workspace_simd,
+     .backward_workspace = backward_workspace_simd,
      .dropout = DROPOUT_POSITION,
      .grouped = true,
      .blocked = true},
@@ -420,20 +440,19 @@ static void tell_times(Story *story)
         snprintf(words, sizeof words, "--heads 4 --tokens 4096 --mask %s", masks[i]);
         snprintf(backward, sizeof backward, "%s --pass both", words);
         runs[i] = story_run(story, "simd", words);
-        both[i] = story_run(story, "block-sparse", backward);
+        both[i] = story_run(story, "simd", backward);
     }
     dense = story_run(story, "dense-mask", words);
     for (int round = 0; round < ROUNDS; round++) {
         for (int i = 0; i < MASKS; i++) {
             ms[i][round] = milliseconds(forward_simd, runs[i]);
-            back_ms[i][round] = milliseconds(backward_block_sparse, both[i]);
+            back_ms[i][round] = milliseconds(backward_simd, both[i]);
         }
         dense_ms[round] = milliseconds(forward_dense_mask, dense);
     }
 
     double full = median(ms[0], ROUNDS), back_full = median(back_ms[0], ROUNDS), last = full;
-    story_say(story,
-              "                                             forward (simd)    backward (block-sparse)");
+    story_say(story, "                                             forward (simd)    backward (simd)");
     story_say(story, "  mask           pairs kept   blocks visited     ms  of none's     ms  of none's");
     for (int i = 0; i < MASKS; i++) {
         const AttentionShape *s = &runs[i]->shape;

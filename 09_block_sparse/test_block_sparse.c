@@ -1,5 +1,6 @@
 /* What is particular to block masks: the lists, predicates of one's own, and the traps. Every kernel against
  * the oracle: common/test_chapter.c. */
+#include "../07_flash_tiled/flash_tiled_simd_backward.h"
 #include "block_sparse.h"
 #include "memory.h"
 #include "reference.h"
@@ -328,7 +329,7 @@ static void attend(const Inputs *p, int kernel, const BlockMask *mask)
     free(own.listed);
 }
 
-/* Forward and backward. simd has no backward of its own: what its forward leaves is block-sparse's to use. */
+/* Forward and backward. */
 static void differentiate(const Inputs *p, int kernel, const BlockMask *mask)
 {
     const AttentionShape *s = &p->s;
@@ -354,7 +355,14 @@ static void differentiate(const Inputs *p, int kernel, const BlockMask *mask)
     float *memory = allocate_floats(transposed_mask_floats(s, used->batch > 1, used->heads > 1));
     float *delta = allocate_floats(lse_count(s));
     BlockMask transposed = transpose_in(memory, used);
-    attention_block_sparse_backward(&g, delta, used, &transposed, s);
+    if (kernel == SIMD) {
+        float *partial = allocate_floats(flash_backward_partials(s));
+        float *scratch = allocate_floats(flash_backward_scratch(s));
+        attention_block_sparse_simd_backward(&g, delta, partial, scratch, &transposed, s);
+        free(partial);
+        free(scratch);
+    } else
+        attention_block_sparse_backward(&g, delta, used, &transposed, s);
     free(memory);
     free(delta);
     free(own.listed);
@@ -600,6 +608,44 @@ Test(gradients, never_load_empty_blocks)
                   names[kernel]);
         tear_down(&p);
     }
+}
+
+/* The same for the fast tiles, which are larger: 48 queries meet 192 keys at once. */
+Test(gradients, fast_tiles_never_load_empty_blocks)
+{
+    Inputs p = set_up(shape_of("window:10", 768, 768, 64), 1, 1, 8);
+    for (int i = 0; i < 192 * 8; i++)
+        p.k[i] = p.v[i] = NAN; /* seen by rows 0 .. 200, whose tiles end at 240 */
+    for (int i = 576 * 8; i < 768 * 8; i++)
+        p.q[i] = p.dout[i] = NAN; /* who see keys 567 and later, whose tiles begin at 384 */
+    differentiate(&p, SIMD, NULL);
+    for (int t = 240; t < 576; t++)
+        cr_assert(isfinite(p.dq[t * 8]), "row %d", t);
+    for (int t2 = 241; t2 < 384; t2++)
+        cr_assert(isfinite(p.dk[t2 * 8]) && isfinite(p.dv[t2 * 8]), "key %d", t2);
+    cr_expect(isnan(p.dq[15 * 8]) && isnan(p.dv[700 * 8]) && isnan(p.dk[700 * 8]), "hides NaN");
+    tear_down(&p);
+}
+
+/* Several tiles of keys, and lists that jump ahead into the middle of one. */
+Test(gradients, of_fast_tiles_over_many_lists)
+{
+    static const char *const long_masks[] = {"none",
+                                             "causal",
+                                             "window:100",
+                                             "prefix:300",
+                                             "local-global:40:7",
+                                             "dilated:5:9",
+                                             "documents:100,250,350"};
+    static const int long_blocks[] = {16, 50, 128};
+    for (int m = 0; m < 7; m++)
+        for (int n = 0; n < 3; n++) {
+            Inputs p = set_up(shape_of(long_masks[m], 700, 700, long_blocks[n]), 1, 1, 8);
+            differentiate(&p, SIMD, NULL);
+            double error = gradient_error(&p, attends);
+            cr_expect(error <= 1e-5, "%s, blocks of %d: off by %g", long_masks[m], long_blocks[n], error);
+            tear_down(&p);
+        }
 }
 
 /* 0 times NaN is NaN: a product over a whole partial block would let in what its mask forbids. */
@@ -850,6 +896,9 @@ Test(gradients, need_no_matrix)
         size_t floats[MAX_BUFFERS], rows = tokens / 128;
         cr_expect(find_kernel("block-sparse")->backward_workspace(&s, floats) == 2);
         cr_expect(floats[0] == rows + 2 * rows * rows && floats[1] == (size_t)8 * tokens);
+        cr_expect(find_kernel("simd")->backward_workspace(&s, floats) == 4);
+        cr_expect(floats[0] == rows + 2 * rows * rows && floats[1] == (size_t)8 * tokens);
+        cr_expect(floats[3] == 3 * query_count(&s) && floats[2] == flash_backward_scratch(&s));
         cr_expect(find_kernel("dense-mask")->backward_workspace(&s, floats) == 1 &&
                   floats[0] == (size_t)8 * tokens * tokens);
     }

@@ -1,0 +1,104 @@
+/* The gradients over a block mask's lists with chapter 7's tile steps, and FlexAttention's module. The shapes are in the
+ * header; chapter 7 has the arithmetic.
+ *
+ * Chapter 7 walks with a range of keys past all queries. Here the transposed lists say which query block comes next,
+ * so the blocks in no list are never come by; and of each tile the closed form says whether anyone has to be asked.
+ */
+#include "../07_flash_tiled/flash_tiled_simd_backward.h"
+#include "block_sparse.h"
+#include "matmul.h"
+
+/* The first query at or after t in a block that some key block of key <= .. < end lists. */
+static int next_query(const void *lists, const AttentionShape *s, int b, int h, int t, int key, int end)
+{
+    const BlockMask *transposed = lists;
+    int N = transposed->block, next = s->tokens;
+    for (int j = key / N; j <= (end - 1) / N; j++) {
+        int listed, n = 0;
+        const ListedBlock *list = block_list(transposed, b, h, j, &listed);
+        while (n < listed && (list[n].key_block + 1) * N <= t)
+            n++;
+        int start = n < listed ? list[n].key_block * N : s->tokens;
+        start = start > t ? start : t;
+        next = n < listed && start < next ? start : next;
+    }
+    return next;
+}
+
+static int how_many(const AttentionShape *s, int b, int t, int t_end, int key, int end)
+{
+    return closed_form(s, b, t, t_end, key, end); /* BLOCK_EMPTY, BLOCK_PARTIAL, BLOCK_FULL */
+}
+
+static FlashKnown known_from(const BlockMask *transposed)
+{
+    return (FlashKnown){.lists = transposed, .next_query = next_query, .how_many = how_many};
+}
+
+void attention_block_sparse_simd_backward(const AttentionBackward *a, float *delta, float *partial,
+                                          float *scratch, const BlockMask *transposed,
+                                          const AttentionShape *s)
+{
+    FlashBackward g = {.view = flash_view(a->q, a->k, a->v, (float *)a->out, (float *)a->lse, s),
+                       .dout = a->dout,
+                       .dq = a->dq,
+                       .dk = a->dk,
+                       .dv = a->dv,
+                       .dbias = a->dbias,
+                       .known = known_from(transposed)};
+    flash_attention_backward(&g, delta, partial, scratch, s);
+}
+
+/* The gradient of linear(): with y = x W^T, d_x = d_y W and d_weight = d_y^T x. */
+static void linear_backward(float *d_x, float *d_weight, const float *d_y, const float *x,
+                            const float *weight, size_t rows, int inputs, int outputs)
+{
+    matmul('N', 'N', (int)rows, inputs, outputs, 1, d_y, outputs, weight, inputs, 0, d_x, inputs);
+    matmul('T', 'N', outputs, inputs, (int)rows, 1, d_y, outputs, x, inputs, 0, d_weight, inputs);
+}
+
+/* sum (width) = the sum of y's rows (rows,width): 128 at a time, so that sums of many terms stay exact. */
+static void sum_rows(float *sum, const float *y, size_t rows, int width)
+{
+    enum { ROWS = 128 };
+#pragma omp parallel for
+    for (int c = 0; c < width; c++) {
+        sum[c] = 0;
+        for (size_t r0 = 0; r0 < rows; r0 += ROWS) {
+            float part = 0;
+            for (size_t r = r0; r < r0 + ROWS && r < rows; r++)
+                part += y[r * width + c];
+            sum[c] += part;
+        }
+    }
+}
+
+void flex_attention_backward(float *dx, float *d_qkv_weight, float *d_proj_weight, float *d_proj_bias,
+                             float *d_qkv, float *d_context, float *delta, float *partial, float *scratch,
+                             const float *dout, const float *qkv, const float *context, const float *lse,
+                             const float *x, const float *qkv_weight, const float *proj_weight,
+                             const BlockMask *transposed, const AttentionShape *s)
+{
+    size_t T = s->tokens, HS = s->head_size, rows = s->batch * T;
+    int C_out = s->embed_out;
+    linear_backward(d_context, d_proj_weight, dout, context, proj_weight, rows, C_out, C_out);
+    sum_rows(d_proj_bias, dout, rows, C_out);
+
+    /* As forward read its columns of qkv, so backward writes those of d_qkv. */
+    FlashView view = {
+        .q = qkv, .k = qkv + C_out, .v = qkv + 2 * C_out, .out = (float *)context, .lse = (float *)lse};
+    view.q_token = view.k_token = 3 * (size_t)C_out;
+    view.q_head = view.k_head = view.out_head = HS;
+    view.out_token = C_out;
+    view.q_batch = view.k_batch = T * view.q_token;
+    view.out_batch = T * view.out_token;
+    FlashBackward g = {.view = view,
+                       .dout = d_context,
+                       .dq = d_qkv,
+                       .dk = d_qkv + C_out,
+                       .dv = d_qkv + 2 * C_out,
+                       .known = known_from(transposed)};
+    flash_attention_backward(&g, delta, partial, scratch, s);
+
+    linear_backward(dx, d_qkv_weight, d_qkv, x, qkv_weight, rows, s->embed, 3 * C_out);
+}
