@@ -40,15 +40,16 @@ nine_bars() {
 nine_bars notebook pytorch "forward"
 nine_bars notebook_both pytorch_both "forward and backward"
 
-# over_tokens FOLDER KERNELS TITLE
+# over_tokens FOLDER NAME KERNELS TITLE: FOLDER/NAME.tsv becomes a chart of that name
 over_tokens() {
-    tsv=$folder/$1/tokens.tsv
+    tsv=$folder/$1/$2.tsv
     [ -f "$tsv" ] || return 0
-    gnuplot -e "data='$tsv'; output='$folder/$1/tokens'; kernels='$2'; machine='$(machine_of "$tsv"), $(threads_of "$tsv")'; title_text='$3'" common/tokens.gp || exit 1
+    gnuplot -e "data='$tsv'; output='$folder/$1/$2'; kernels='$3'; machine='$(machine_of "$tsv"), $(threads_of "$tsv")'; title_text='$4'" common/tokens.gp || exit 1
 }
-over_tokens 06_online_softmax "materialised online" "Attention over T: 4 heads of 64, causal"
-over_tokens 07_flash_tiled "materialised tiled simd" "Attention over T: 4 heads of 64, causal"
-over_tokens 09_block_sparse "materialised dense-mask block-sparse simd" "Attention over T: 4 heads of 64, window of 256 keys"
+over_tokens 06_online_softmax tokens "materialised online" "Attention over T: 4 heads of 64, causal"
+over_tokens 07_flash_tiled tokens "materialised tiled simd" "Attention over T: 4 heads of 64, causal"
+over_tokens 09_block_sparse tokens "materialised dense-mask block-sparse simd" "Attention over T: 4 heads of 64, window of 256 keys"
+over_tokens 09_block_sparse tokens_backward "dense-mask block-sparse simd" "Backward over T: 4 heads of 64, window of 256 keys"
 
 decode=$folder/08_gqa/decode.tsv
 if [ -f "$decode" ]; then

@@ -64,6 +64,7 @@ for tokens in 128 256 512 1024 2048 4096; do
     bench 07_flash_tiled 09_block_sparse/tokens.tsv $size --mask window:256 --kernel materialised
     for kernel in dense-mask block-sparse simd; do
         bench 09_block_sparse 09_block_sparse/tokens.tsv $size --mask window:256 --kernel $kernel
+        bench 09_block_sparse 09_block_sparse/tokens_backward.tsv $size --mask window:256 --kernel $kernel --pass backward
     done
     printf '  T = %s done\n' "$tokens"
 done
