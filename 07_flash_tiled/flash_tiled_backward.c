@@ -115,121 +115,188 @@ void attention_materialised_backward(const AttentionBackward *g, const float *we
 /* ---- In tiles: what is wanted of P is computed again, once from the side of the queries and once from the
  * side of the keys. ---- */
 
+enum { KEYS = 32 }; /* a block of keys, beside each other in the vectors that one query meets */
+
+/* Where the block that holds key (b, h, t2) starts in key_blocks or value_blocks. */
+static size_t block_start(const AttentionShape *s, int b, int h, int t2)
+{
+    size_t blocks = (s->key_tokens + KEYS - 1) / KEYS;
+    return (((size_t)b * s->heads + h) * blocks + t2 / KEYS) * s->head_size * KEYS;
+}
+
+size_t key_block_count(const AttentionShape *s)
+{
+    return block_start(s, s->batch, 0, 0);
+}
+
+/* Where the block that holds t2 ends, or the range that is walked. */
+static int block_end(int t2, int range_end)
+{
+    return smaller((t2 / KEYS + 1) * KEYS, range_end);
+}
+
+/* A block turned on its side, (HS,KEYS), so that numbers of neighbouring keys are neighbours. Zeros follow
+ * the last key. */
+static void transpose_block(float *restrict block, const float *restrict rows, int keys, int HS)
+{
+    for (int d = 0; d < HS; d++)
+        for (int j = 0; j < KEYS; j++)
+            block[d * KEYS + j] = j < keys ? rows[(size_t)j * HS + d] : 0;
+}
+
 typedef struct {
+    int key;       /* t2 */
     float weight;  /* D: what the value was multiplied by */
     float d_score; /* dS */
 } Pair;
 
-/* One number of the matrix and its gradient, from lse and delta. False for a pair that is forbidden. */
-static bool recompute(Pair *pair, const AttentionBackward *g, const float *delta, const AttentionShape *s,
-                      int b, int h, int t, int t2)
+/* What query (b, h, t) has with the keys from <= t2 < to, all of one block: numbers of the matrix and their
+ * gradients, from lse and delta. Forbidden pairs are left out; returns how many there are. */
+static int recompute(Pair *pairs, const AttentionBackward *g, const TiledScratch *scratch,
+                     const AttentionShape *s, int b, int h, int t, int from, int to)
 {
-    if (!attends(s, b, h, t, t2))
-        return false;
-    size_t row = lse_index(s, b, h, t), q_bht = query_row(s, b, h, t), k_bht2 = key_row(s, b, h, t2);
-    float score = s->scale * dot(g->q + q_bht, g->k + k_bht2, s->head_size) + bias_at(s, b, h, t, t2);
-    if (score == -INFINITY) /* forbidden by the bias */
-        return false;
+    to = smaller(to, keys_end(s, b, t));
+    if (from >= to)
+        return 0;
+    size_t row = lse_index(s, b, h, t), q_bht = query_row(s, b, h, t), block = block_start(s, b, h, from);
+    const float *key = scratch->key_blocks + block, *value = scratch->value_blocks + block;
 
-    float p = fast_exp(score - g->lse[row]); /* a row that sees a key has an lse: no -inf - -inf here */
-    float kept = 1;
-    if (s->dropout > 0)
-        kept = dropout_keeps(s->dropout_seed, row, t2, s->dropout) / (1 - s->dropout);
-    float d_p = kept * dot(g->dout + q_bht, g->v + k_bht2, s->head_size);
-    pair->weight = kept * p;
-    pair->d_score = p * (d_p - delta[row]);
-    return true;
+    /* The query's dot products with the whole block, and those of dO with the values */
+    float score[KEYS] = {0}, d_weight[KEYS] = {0}, p[KEYS];
+    for (int d = 0; d < s->head_size; d++)
+        for (int j = 0; j < KEYS; j++) {
+            score[j] += g->q[q_bht + d] * key[d * KEYS + j];
+            d_weight[j] += g->dout[q_bht + d] * value[d * KEYS + j];
+        }
+    for (int j = 0; j < KEYS; j++)
+        score[j] *= s->scale;
+    for (int t2 = from; s->bias && t2 < to; t2++)
+        score[t2 % KEYS] += bias_at(s, b, h, t, t2);
+    for (int j = 0; j < KEYS; j++)
+        p[j] = fast_exp(score[j] - g->lse[row]);
+
+    int count = 0;
+    for (int t2 = from; t2 < to; t2++) {
+        int j = t2 % KEYS;
+        if (!attends(s, b, h, t, t2) || score[j] == -INFINITY)
+            continue;
+        float kept = 1;
+        if (s->dropout > 0)
+            kept = dropout_keeps(s->dropout_seed, row, t2, s->dropout) / (1 - s->dropout);
+        Pair *pair = pairs + count++;
+        pair->key = t2;
+        pair->weight = kept * p[j];
+        pair->d_score = p[j] * (kept * d_weight[j] - scratch->delta[row]);
+    }
+    return count;
 }
 
 /* Queries outside: the rows first <= t < past meet the keys, Bc at a time, as in forward. */
-static void query_tile(const AttentionBackward *g, float *delta, const AttentionShape *s, int b, int h,
-                       int first, int past)
+static void query_tile(const AttentionBackward *g, const TiledScratch *scratch, const AttentionShape *s,
+                       int b, int h, int first, int past)
 {
     int HS = s->head_size;
     for (int t = first; t < past; t++) {
         size_t q_bht = query_row(s, b, h, t);
-        delta[lse_index(s, b, h, t)] = dot(g->dout + q_bht, g->out + q_bht, HS);
+        scratch->delta[lse_index(s, b, h, t)] = dot(g->dout + q_bht, g->out + q_bht, HS);
         memset(g->dq + q_bht, 0, HS * sizeof *g->dq);
     }
     int end = keys_end(s, b, past - 1), Bc = smaller(s->tile_columns, s->key_tokens);
     for (int from = 0; from < end; from += Bc)
         for (int t = first; t < past; t++)
-            for (int t2 = from; t2 < smaller(from + Bc, end); t2++) {
-                Pair pair;
-                if (recompute(&pair, g, delta, s, b, h, t, t2))
-                    add_scaled(g->dq + query_row(s, b, h, t), s->scale * pair.d_score,
-                               g->k + key_row(s, b, h, t2), HS);
+            for (int t2 = from, to = smaller(from + Bc, end); t2 < to; t2 = block_end(t2, to)) {
+                Pair pairs[KEYS];
+                int count = recompute(pairs, g, scratch, s, b, h, t, t2, block_end(t2, to));
+                for (const Pair *pair = pairs; pair < pairs + count; pair++)
+                    add_scaled(g->dq + query_row(s, b, h, t), s->scale * pair->d_score,
+                               g->k + key_row(s, b, h, pair->key), HS);
             }
 }
 
 /* Keys outside: the keys first <= t2 < past meet the queries, Br at a time. */
-static void key_tile(const AttentionBackward *g, const float *delta, const AttentionShape *s, int b, int h,
-                     int first, int past)
+static void key_tile(const AttentionBackward *g, const TiledScratch *scratch, const AttentionShape *s, int b,
+                     int h, int first, int past)
 {
     int HS = s->head_size, Br = smaller(s->tile_rows, s->tokens);
     memset(g->dk + key_row(s, b, h, first), 0, (size_t)(past - first) * HS * sizeof *g->dk);
     memset(g->dv + key_row(s, b, h, first), 0, (size_t)(past - first) * HS * sizeof *g->dv);
-    for (int from = 0; from < s->tokens; from += Br) {
-        int to = smaller(from + Br, s->tokens);
-        if (keys_end(s, b, to - 1) <= first)
-            continue; /* no row of this tile sees as far as these keys */
-        for (int t2 = first; t2 < past; t2++)
-            for (int t = from; t < to; t++) {
-                Pair pair;
-                if (!recompute(&pair, g, delta, s, b, h, t, t2))
-                    continue;
-                size_t k_bht2 = key_row(s, b, h, t2), q_bht = query_row(s, b, h, t);
-                add_scaled(g->dk + k_bht2, s->scale * pair.d_score, g->q + q_bht, HS);
-                add_scaled(g->dv + k_bht2, pair.weight, g->dout + q_bht, HS);
+    for (int from = 0; from < s->tokens; from += Br)
+        for (int t2 = first; t2 < past; t2 = block_end(t2, past))
+            for (int t = from; t < smaller(from + Br, s->tokens); t++) {
+                size_t q_bht = query_row(s, b, h, t);
+                Pair pairs[KEYS];
+                int count = recompute(pairs, g, scratch, s, b, h, t, t2, block_end(t2, past));
+                for (const Pair *pair = pairs; pair < pairs + count; pair++) {
+                    size_t k_bht2 = key_row(s, b, h, pair->key);
+                    add_scaled(g->dk + k_bht2, s->scale * pair->d_score, g->q + q_bht, HS);
+                    add_scaled(g->dv + k_bht2, pair->weight, g->dout + q_bht, HS);
+                }
             }
-    }
 }
 
 /* A number of the bias was added to one score, or to many where it was broadcast: so are the gradients. */
-static void bias_gradient(const AttentionBackward *g, const float *delta, const AttentionShape *s)
+static void bias_gradient(const AttentionBackward *g, const TiledScratch *scratch, const AttentionShape *s)
 {
     const Broadcast axes = broadcast_of(s);
     const size_t *stride = s->bias_stride;
 
-#pragma omp parallel for collapse(4) schedule(dynamic, 16)
+#pragma omp parallel for collapse(4) schedule(dynamic)
     for (int b0 = 0; b0 < axes.own[0]; b0++)
         for (int h0 = 0; h0 < axes.own[1]; h0++)
             for (int t0 = 0; t0 < axes.own[2]; t0++)
-                for (int k0 = 0; k0 < axes.own[3]; k0++) {
-                    float sum = 0;
+                for (int k0 = 0; k0 < axes.own[3]; k0 += KEYS) {
+                    float sum[KEYS] = {0}; /* a block's numbers, or the one that all keys share */
+                    int past = stride[3] ? block_end(k0, s->key_tokens) : s->key_tokens;
                     for (int b = b0; b < b0 + axes.shared[0]; b++)
                         for (int h = h0; h < h0 + axes.shared[1]; h++)
                             for (int t = t0; t < t0 + axes.shared[2]; t++) {
-                                float row_sum =
-                                    0; /* a sum of sums loses less to rounding than one long one */
-                                for (int t2 = k0; t2 < k0 + axes.shared[3]; t2++) {
-                                    Pair pair;
-                                    if (recompute(&pair, g, delta, s, b, h, t, t2))
-                                        row_sum += pair.d_score;
+                                float row_sum = 0; /* a sum of sums loses less to rounding */
+                                for (int t2 = k0; t2 < past; t2 += KEYS) {
+                                    Pair pairs[KEYS];
+                                    int count =
+                                        recompute(pairs, g, scratch, s, b, h, t, t2, block_end(t2, past));
+                                    for (const Pair *pair = pairs; pair < pairs + count; pair++)
+                                        if (stride[3])
+                                            sum[pair->key - k0] += pair->d_score;
+                                        else
+                                            row_sum += pair->d_score;
                                 }
-                                sum += row_sum;
+                                sum[0] += row_sum;
                             }
-                    g->dbias[b0 * stride[0] + h0 * stride[1] + t0 * stride[2] + k0 * stride[3]] = sum;
+                    float *dbias = g->dbias + b0 * stride[0] + h0 * stride[1] + t0 * stride[2];
+                    for (int k = k0; k < block_end(k0, axes.own[3]); k++)
+                        dbias[k * stride[3]] = sum[k - k0];
                 }
 }
 
-void attention_tiled_backward(const AttentionBackward *g, float *delta, const AttentionShape *s)
+void attention_tiled_backward(const AttentionBackward *g, const TiledScratch *scratch,
+                              const AttentionShape *s)
 {
     int Br = smaller(s->tile_rows, s->tokens), Bc = smaller(s->tile_columns, s->key_tokens);
     int row_tiles = (s->tokens + Br - 1) / Br, key_tiles = (s->key_tokens + Bc - 1) / Bc;
+
+#pragma omp parallel for collapse(3)
+    for (int b = 0; b < s->batch; b++)
+        for (int h = 0; h < s->heads; h++)
+            for (int t2 = 0; t2 < s->key_tokens; t2 += KEYS) {
+                size_t rows = key_row(s, b, h, t2), block = block_start(s, b, h, t2);
+                int keys = block_end(t2, s->key_tokens) - t2;
+                transpose_block(scratch->key_blocks + block, g->k + rows, keys, s->head_size);
+                transpose_block(scratch->value_blocks + block, g->v + rows, keys, s->head_size);
+            }
 
 #pragma omp parallel for collapse(3) schedule(dynamic)
     for (int b = 0; b < s->batch; b++)
         for (int h = 0; h < s->heads; h++)
             for (int i = 0; i < row_tiles; i++)
-                query_tile(g, delta, s, b, h, i * Br, smaller((i + 1) * Br, s->tokens));
+                query_tile(g, scratch, s, b, h, i * Br, smaller((i + 1) * Br, s->tokens));
 
 #pragma omp parallel for collapse(3) schedule(dynamic)
     for (int b = 0; b < s->batch; b++)
         for (int h = 0; h < s->heads; h++)
             for (int j = 0; j < key_tiles; j++)
-                key_tile(g, delta, s, b, h, j * Bc, smaller((j + 1) * Bc, s->key_tokens));
+                key_tile(g, scratch, s, b, h, j * Bc, smaller((j + 1) * Bc, s->key_tokens));
 
     if (s->bias)
-        bias_gradient(g, delta, s);
+        bias_gradient(g, scratch, s);
 }

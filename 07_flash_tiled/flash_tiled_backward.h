@@ -20,12 +20,21 @@ typedef struct {
 void attention_materialised_backward(const AttentionBackward *g, const float *weights, const float *softmax,
                                      float *d_scores, const AttentionShape *s);
 
-/* From lse: each weight is computed again, in tiles of s->tile_rows by s->tile_columns. delta (B,NH,T) is
- * written: rowsum(dout * out). No matrix is kept.
+/* Written by attention_tiled_backward. delta (B,NH,T) is rowsum(dout * out). The blocks hold key_block_count()
+ * numbers each: k and v, turned so that neighbouring keys are neighbours in memory. */
+typedef struct {
+    float *delta, *key_blocks, *value_blocks;
+} TiledScratch;
+
+size_t key_block_count(const AttentionShape *s);
+
+/* From lse: each weight is computed again, in tiles of s->tile_rows by s->tile_columns. No matrix is
+ * kept.
  *
  * Dao, Fu, Ermon, Rudra and Re 2022, appendix B.2 and algorithm 4. That algorithm has the keys outside and
  * adds to dq from every tile of keys; here the queries get a pass of their own, so that each sum belongs to
  * one task: seven products in place of five, and no two tasks write to one row. */
-void attention_tiled_backward(const AttentionBackward *g, float *delta, const AttentionShape *s);
+void attention_tiled_backward(const AttentionBackward *g, const TiledScratch *scratch,
+                              const AttentionShape *s);
 
 #endif

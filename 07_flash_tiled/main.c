@@ -60,13 +60,15 @@ static void forward_tiled(const Tensors *t, const AttentionShape *s)
 static void backward_tiled(const Tensors *t, const AttentionShape *s)
 {
     AttentionBackward g = gradients(t);
-    attention_tiled_backward(&g, t->backward_workspace[0], s);
+    float *const *w = t->backward_workspace;
+    attention_tiled_backward(&g, &(TiledScratch){w[0], w[1], w[2]}, s);
 }
 
-static int delta(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+static int backward_workspace_tiled(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
     floats[0] = lse_count(s);
-    return 1;
+    floats[1] = floats[2] = key_block_count(s);
+    return 3;
 }
 
 static int workspace_simd(const AttentionShape *s, size_t floats[MAX_BUFFERS])
@@ -251,7 +253,7 @@ static const Kernel kernels[] = {
      .forward = forward_tiled,
      .backward = backward_tiled,
      .workspace = workspace_tiled,
-     .backward_workspace = delta,
+     .backward_workspace = backward_workspace_tiled,
      .dropout = DROPOUT_POSITION,
      .tiled = true},
     {.name = "simd",
