@@ -1,6 +1,9 @@
 /* The twins of online_softmax.c's attention_online and its backward on a GPU: a warp to each row. The shapes are in
  * online_softmax.h, and the pointers are the device's. */
 #include "cuda_thread.h"
+#if defined(SIMT) || defined(HAVE_CUBLAS)
+#include "cublas.h"
+#endif
 #include "kernel.h"
 #include "online_softmax.h"
 #include "philox.h"
@@ -289,6 +292,98 @@ __global__ static void bias_kernel(AttentionBackward gradients, const float *del
     }
 }
 
+/* ---- With the matrix: three steps, the first and the last by cuBLAS (on the stand-in by the CPU's product). ---- */
+
+#if defined(SIMT) || defined(HAVE_CUBLAS)
+/* What masks and bias do to the scores of one row, then softmax, in place; returns its lse. One warp. */
+__device__ static float softmax_of_allowed(float *row, const AttentionShape *s, int b, int h, int t)
+{
+    int lane = threadIdx.x % WARP, end = keys_end(s, b, t);
+    float m = -INFINITY, l = 0;
+    for (int t2 = lane; t2 < s->key_tokens; t2 += WARP) {
+        bool allowed = t2 < end && attends(s, b, h, t, t2);
+        row[t2] = allowed ? row[t2] + bias_at(s, b, h, t, t2) : -INFINITY;
+        m = larger(m, row[t2]);
+    }
+    m = warp_largest(m);
+    float subtract = m == -INFINITY ? 0 : m; /* nothing is allowed: -inf - -inf would be NaN */
+    for (int t2 = lane; t2 < s->key_tokens; t2 += WARP) {
+        row[t2] = expf(row[t2] - subtract);
+        l += row[t2];
+    }
+    l = warp_sum(l);
+    float one_over_l = l == 0 ? 0 : 1 / l;
+    for (int t2 = lane; t2 < s->key_tokens; t2 += WARP)
+        row[t2] *= one_over_l;
+    return m + logf(l);
+}
+
+/* weights hold the scores; softmax, the weights before dropout, is written only where there is dropout. */
+__global__ static void softmax_kernel(float *weights, float *softmax, float *lse, AttentionShape shape,
+                                      size_t rows)
+{
+    const AttentionShape *s = &shape;
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
+    for (size_t i = (size_t)blockIdx.x * warps + warp; i < rows; i += (size_t)gridDim.x * warps) {
+        int t = (int)(i % s->tokens), h = (int)(i / s->tokens % s->heads),
+            b = (int)(i / s->tokens / s->heads);
+        float *row = weights + i * s->key_tokens;
+        float row_lse = softmax_of_allowed(row, s, b, h, t);
+        if (lane == 0)
+            lse[i] = row_lse;
+        for (int t2 = lane; s->dropout > 0 && t2 < s->key_tokens; t2 += WARP) {
+            softmax[i * s->key_tokens + t2] = row[t2];
+            row[t2] *= dropout_keeps_pair(s->dropout_seed, i, t2, s->dropout) / (1 - s->dropout);
+        }
+    }
+}
+
+/* dS = P * (dP - delta) = D * dD - P * delta: d_scores holds dD. */
+__global__ static void d_scores_kernel(float *d_scores, const float *weights, const float *softmax,
+                                       const float *dout, const float *out, int TK, int HS, size_t rows)
+{
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
+    for (size_t row = (size_t)blockIdx.x * warps + warp; row < rows; row += (size_t)gridDim.x * warps) {
+        float delta = 0;
+        for (int i = lane; i < HS; i += WARP)
+            delta += dout[row * HS + i] * out[row * HS + i];
+        delta = warp_sum(delta);
+        for (size_t i = row * TK + lane; i < (row + 1) * TK; i += WARP)
+            d_scores[i] = weights[i] * d_scores[i] - softmax[i] * delta;
+    }
+}
+
+/* dbias from dS: a thread to each number of the bias, a warp where it is shared along the keys. */
+__global__ static void sum_scores_kernel(float *dbias, const float *d_scores, AttentionShape shape,
+                                         Broadcast axes)
+{
+    const AttentionShape *s = &shape;
+    const size_t *stride = s->bias_stride;
+    int lanes = axes.shared[3] > 1 ? WARP : 1, lane = threadIdx.x % lanes;
+    size_t thread = (size_t)blockIdx.x * blockDim.x + threadIdx.x, threads = (size_t)gridDim.x * blockDim.x;
+
+    for (size_t i = thread / lanes; i < axes.elements; i += threads / lanes) {
+        int k0 = (int)(i % axes.own[3]), t0 = (int)(i / axes.own[3] % axes.own[2]);
+        int h0 = (int)(i / axes.own[3] / axes.own[2] % axes.own[1]);
+        int b0 = (int)(i / axes.own[3] / axes.own[2] / axes.own[1]);
+        float sum = 0;
+        for (int b = b0; b < b0 + axes.shared[0]; b++)
+            for (int h = h0; h < h0 + axes.shared[1]; h++)
+                for (int t = t0; t < t0 + axes.shared[2]; t++) {
+                    const float *row = d_scores + lse_index(s, b, h, t) * s->key_tokens;
+                    float row_sum = 0;
+                    for (int t2 = k0 + lane; t2 < k0 + axes.shared[3]; t2 += lanes)
+                        row_sum += row[t2];
+                    sum += row_sum;
+                }
+        if (lanes > 1)
+            sum = warp_sum(sum);
+        if (lane == 0)
+            dbias[b0 * stride[0] + h0 * stride[1] + t0 * stride[2] + k0 * stride[3]] = sum;
+    }
+}
+#endif
+
 /* ---- The table ---- */
 
 static int delta(const AttentionShape *s, size_t floats[MAX_BUFFERS])
@@ -326,7 +421,74 @@ static void backward_online(const Tensors *t, const AttentionShape *s)
     }
 }
 
+#if defined(SIMT) || defined(HAVE_CUBLAS)
+static int softmax_if_dropout(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = weights_count(s);
+    return s->dropout > 0 ? 1 : 0;
+}
+
+static int d_scores(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = weights_count(s);
+    return 1;
+}
+
+static void forward_materialised(const Tensors *t, const AttentionShape *s)
+{
+    int T = s->tokens, TK = s->key_tokens, HS = s->head_size, heads = s->batch * s->heads;
+    size_t q_head = (size_t)T * HS, k_head = (size_t)TK * HS, weights_head = (size_t)T * TK,
+           rows = lse_count(s);
+
+    /* 1. scores = scale Q K^T, 2. weights = softmax(scores + bias), 3. out = weights V */
+    device_matmul_strided_batch('N', 'T', T, TK, HS, s->scale, t->q, HS, q_head, t->k, HS, k_head, 0,
+                                t->weights, TK, weights_head, heads);
+    LAUNCH(softmax_kernel, blocks_for(rows), MOST_WARPS * WARP, 0, t->weights, t->workspace[0], t->lse, *s,
+           rows);
+    device_matmul_strided_batch('N', 'N', T, HS, TK, 1, t->weights, TK, weights_head, t->v, HS, k_head, 0,
+                                t->out, HS, q_head, heads);
+}
+
+static void backward_materialised(const Tensors *t, const AttentionShape *s)
+{
+    int T = s->tokens, TK = s->key_tokens, HS = s->head_size, heads = s->batch * s->heads;
+    size_t q_head = (size_t)T * HS, k_head = (size_t)TK * HS, weights_head = (size_t)T * TK,
+           rows = lse_count(s);
+    float *dS = t->backward_workspace[0];
+    const float *softmax = s->dropout > 0 ? t->workspace[0] : t->weights;
+
+    /* 3. dV = D^T dO, and dD = dO V^T, which waits in dS */
+    device_matmul_strided_batch('T', 'N', TK, HS, T, 1, t->weights, TK, weights_head, t->dout, HS, q_head, 0,
+                                t->dv, HS, k_head, heads);
+    device_matmul_strided_batch('N', 'T', T, TK, HS, 1, t->dout, HS, q_head, t->v, HS, k_head, 0, dS, TK,
+                                weights_head, heads);
+    /* 2. softmax and dropout */
+    LAUNCH(d_scores_kernel, blocks_for(rows), MOST_WARPS * WARP, 0, dS, t->weights, softmax, t->dout, t->out,
+           TK, HS, rows);
+    /* 1. dQ = scale dS K, dK = scale dS^T Q, dbias = dS */
+    device_matmul_strided_batch('N', 'N', T, HS, TK, s->scale, dS, TK, weights_head, t->k, HS, k_head, 0,
+                                t->dq, HS, q_head, heads);
+    device_matmul_strided_batch('T', 'N', TK, HS, T, s->scale, dS, TK, weights_head, t->q, HS, q_head, 0,
+                                t->dk, HS, k_head, heads);
+    if (s->bias) {
+        Broadcast axes = broadcast_of(s);
+        LAUNCH(sum_scores_kernel, blocks_for(axes.elements), MOST_WARPS * WARP, 0, t->dbias, dS, *s, axes);
+    }
+}
+#endif
+
 DEVICE_TABLE(online_softmax) = {
+#if defined(SIMT) || defined(HAVE_CUBLAS)
+    {.name = "materialised",
+     .what = "the T x TK matrix in memory, softmax over its rows, a warp to a row",
+     .takes = TAKES_QKV,
+     .forward = forward_materialised,
+     .backward = backward_materialised,
+     .backward_workspace = d_scores,
+     .workspace = softmax_if_dropout,
+     .weights = WEIGHTS_PER_HEAD,
+     .dropout = DROPOUT_POSITION},
+#endif
     {.name = "online",
      .what = "one pass over the keys, a warp to a row, 32 keys at a time",
      .takes = TAKES_QKV,

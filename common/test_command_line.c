@@ -336,7 +336,12 @@ Test(command_line_good, list_help_and_quiet_pipes)
     char text[16384];
     cr_assert(run(FLASH, "--list") == 0);
     read_text("stdout.txt", text, sizeof text);
-    cr_expect(strstr(text, "tiled qkv forward,backward f32 cpu\n"));
+#ifdef HAVE_SIMT
+    cr_expect(strstr(text, "\ntiled qkv forward,backward f32 cpu,simt,cuda(no-"));
+#else
+    cr_expect(strstr(text, "\ntiled qkv forward,backward f32 cpu,simt(no-C++-compiler),cuda(no-"));
+#endif
+    cr_expect(strstr(text, "\nsimd qkv forward,backward f32 cpu\n"));
     cr_expect(strstr(text, "sdpa x forward,backward f32 cpu\n"));
     cr_assert(run(FLASH, "--help") == 0);
     read_text("stdout.txt", text, sizeof text);
