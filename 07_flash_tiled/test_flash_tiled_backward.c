@@ -326,6 +326,23 @@ Test(gradients, rows_without_keys_give_zeros)
     }
 }
 
+/* The same by a bias of -inf, whose score - lse would be -inf - -inf. */
+Test(gradients, rows_forbidden_by_the_bias_give_zeros)
+{
+    static const char *const names[] = {"materialised", "tiled", "simd"};
+    for (int i = 0; i < 3; i++) {
+        Gradients p = problem(1, 1, 40, 40, 12);
+        add_bias(&p, 1);
+        for (size_t j = 0; j < p.count[GRADIENTS - 1]; j++)
+            ((float *)p.s.bias)[j] = -INFINITY;
+        differentiate(&p, names[i]);
+        for (int g = 0; g < GRADIENTS; g++)
+            for (size_t j = 0; j < p.count[g]; j++)
+                cr_assert(p.gradient[g][j] == 0, "%s: %s %g", names[i], gradient_name[g], p.gradient[g][j]);
+        free_problem(&p);
+    }
+}
+
 /* A cache's room beyond the valid keys holds anything; its gradient is zero. */
 Test(padding_gradient, is_never_read)
 {
