@@ -124,8 +124,8 @@ column() { awk -F '\t' -v name="$2" 'NR == 1 { for (i = 1; i <= NF; i++) at[$i] 
 
 # Why a kernel of the table over T need not run at this T: what it took at half of it says how long it would take.
 too_slow() {
-    half=$tables/${1%-*}-$((${1##*-} / 2))
     case $1 in tokens/*) ;; *) return 1 ;; esac
+    half=$tables/${1%-*}-$((${1##*-} / 2))
     if [ -f "$half.refused" ]; then
         reason=$(cat "$half.refused")
     elif [ -f "$half.tsv" ]; then

@@ -3,7 +3,7 @@
 set -u
 tmp=$(mktemp -d) || exit 1
 trap 'rm -rf "$tmp"' EXIT
-for chapter in 03_multihead_wrapper 04_packed_qkv 07_flash_tiled; do
+for chapter in 03_multihead_wrapper 04_packed_qkv 05_einsum_style 07_flash_tiled; do
     mkdir -p "$tmp/$chapter"
     cat > "$tmp/$chapter/run" << 'STUB'
 #!/bin/sh
@@ -46,6 +46,9 @@ run; expect "exit code with nothing left" $? 0
 expect "steps run with nothing left" "$(runs)" $((steps - stopped + steps / 3))
 expect "rows, one a step that was not refused" "$(($(wc -l < "$tmp/tables/wrapper.tsv")))" $((1 + steps * 2 / 3))
 expect "packed-qkv's median" "$(sed -n 's/^| packed-qkv | \([^ ]*\).*/\1/p' "$tmp/tables/wrapper.md")" 2500
+BUILD=$tmp sh common/tables.sh claims > "$tmp/out" 2> "$tmp/err"
+expect "exit code of claims" $? 0
+expect "claims, all steps but the refused ones" "$(find "$tmp/tables/claims" -name '*.tsv' | wc -l | tr -d ' ')" 31
 BUILD=$tmp sh common/tables.sh nonsense > /dev/null 2>&1
 expect "exit code for a table there is not" $? 2
 echo "tables.sh: all checks passed"
