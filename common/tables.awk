@@ -36,8 +36,6 @@ table == "a100" {
 }
 table == "layers" {
     rows[++n] = sprintf("| %s | %s | %s | %s | %s | %s |", get("layers"), get("tokens"), get("kernel"), short(get("ms")), short(get("peak_mib")), get("how"))
-    chat[n] = get("layers")
-    which[n] = get("kernel")
 }
 table == "wrapper" { add(get("kernel") "-" get("threads"), get("ms_median")); if (get("threads") > most) most = get("threads") }
 table == "memory" {

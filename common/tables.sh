@@ -164,7 +164,7 @@ touch "$tables/seconds" # what each step took: its name, seconds, the estimate
 
 # left: steps left, and about how many minutes, as "12 steps, about 3 minutes"
 left() {
-    awk -F '\t' -v tables="$tables" '
+    awk -F '\t' '
         FILENAME ~ /seconds$/ { took += $2; estimated += $3; done[$1] = 1; next }
         !($1 in done) { n++; seconds += $2 }
         END {

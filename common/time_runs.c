@@ -19,8 +19,8 @@ void time_runs(BenchmarkRow *row, Run *const *runs, int count, const Chapter *ch
     bool terminal = isatty(STDERR_FILENO);
     double *ms = allocate_zeroed((size_t)count * repeat, sizeof *ms);
     double *share = allocate_zeroed((size_t)count * repeat, sizeof *share);
-    for (int round = repeat > 1 ? -1 : 0; round < repeat;
-         round++) /* -1 warms up; one long run: its check did */
+    const int first = repeat > 1 ? -1 : 0; /* -1 warms up; of one long run its check did */
+    for (int round = first; round < repeat; round++)
         for (int i = 0; i < count; i++) {
             if (terminal)
                 fprintf(stderr, "\r\033[Ktiming %s, round %d of %d", runs[i]->kernel->name, round + 1,
