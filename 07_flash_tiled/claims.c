@@ -53,9 +53,7 @@ static void open_kernel(Run *run, Options *options, const char *name)
 {
     char *words[] = {"run", "--heads", "12", "--tokens", "1024", "--head-size", "64"};
     parse_options(options, sizeof words / sizeof *words, words);
-    const Kernel *kernel = chapter.kernels;
-    while (strcmp(kernel->name, name) != 0)
-        kernel++;
+    const Kernel *kernel = kernel_named(&chapter, name);
     Refusal refusal = open_run(run, &chapter, kernel, options, NULL, 1);
     if (refusal.exit_code)
         die(refusal.exit_code, "kernel %s %s", name, refusal.reason);
@@ -193,17 +191,6 @@ static void tell_types(Report *report)
     }
 }
 
-/* The largest |a - b|; NaN if there is one. */
-static double furthest(const float *a, const float *b, int n)
-{
-    double most = 0;
-    for (int i = 0; i < n; i++) {
-        double apart = fabs((double)a[i] - b[i]);
-        most = apart <= most ? most : apart;
-    }
-    return most;
-}
-
 /* The same with our kernels, in float32: of 2 queries the first may see no key, the second half of them. */
 static void tell_kernels(Report *report)
 {
@@ -237,19 +224,20 @@ static void tell_kernels(Report *report)
     }
     free(scratch);
 
-    double apart = furthest(matrix[BIG], mean, HS);
+    double apart = furthest_apart(matrix[BIG], mean, HS);
     claim(report, apart <= 1e-6, "materialised: a row all at -1e9 is the mean of all values, to %.1e", apart);
-    apart = furthest(tiles[BIG], tiles[NO_MASK], HS);
+    apart = furthest_apart(tiles[BIG], tiles[NO_MASK], HS);
     claim(
-        report, apart <= 1e-6 && furthest(tiles[BIG], mean, HS) > 0.01,
+        report, apart <= 1e-6 && furthest_apart(tiles[BIG], mean, HS) > 0.01,
         "simd: a row all at -1e9 is as if nothing were masked, to %.1e: it takes the maximum from the mask, "
         "and only then adds the scores",
         apart);
-    claim(report, furthest(matrix[INFINITE], zeros, HS) == 0 && furthest(tiles[INFINITE], zeros, HS) == 0,
+    claim(report,
+          furthest_apart(matrix[INFINITE], zeros, HS) == 0 && furthest_apart(tiles[INFINITE], zeros, HS) == 0,
           "both: a row all at -inf is zeros, no NaN");
     claim(report,
-          furthest(matrix[BIG] + HS, matrix[INFINITE] + HS, HS) == 0 &&
-              furthest(tiles[BIG] + HS, tiles[INFINITE] + HS, HS) == 0,
+          furthest_apart(matrix[BIG] + HS, matrix[INFINITE] + HS, HS) == 0 &&
+              furthest_apart(tiles[BIG] + HS, tiles[INFINITE] + HS, HS) == 0,
           "both: a row half masked is the same with -1e9 and with -inf, bit for bit");
 }
 

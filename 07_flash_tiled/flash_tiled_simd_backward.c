@@ -620,14 +620,19 @@ void flash_attention_backward(const FlashBackward *g, float *delta, float *parti
             bias_gradient(g, delta, scratch + i * floats, s, job);
 }
 
+FlashBackward flash_backward(const AttentionBackward *a, const AttentionShape *s)
+{
+    return (FlashBackward){.view = flash_view(a->q, a->k, a->v, (float *)a->out, (float *)a->lse, s),
+                           .dout = a->dout,
+                           .dq = a->dq,
+                           .dk = a->dk,
+                           .dv = a->dv,
+                           .dbias = a->dbias};
+}
+
 void attention_simd_backward(const AttentionBackward *a, float *delta, float *partial, float *scratch,
                              const AttentionShape *s)
 {
-    FlashBackward g = {.view = flash_view(a->q, a->k, a->v, (float *)a->out, (float *)a->lse, s),
-                       .dout = a->dout,
-                       .dq = a->dq,
-                       .dk = a->dk,
-                       .dv = a->dv,
-                       .dbias = a->dbias};
+    FlashBackward g = flash_backward(a, s);
     flash_attention_backward(&g, delta, partial, scratch, s);
 }

@@ -35,6 +35,9 @@ typedef struct {
     FlashKnown known;
 } FlashBackward;
 
+/* Contiguous tensors: q, k, v, out and lse as flash_view() takes them; nothing known of the mask. */
+FlashBackward flash_backward(const AttentionBackward *g, const AttentionShape *s);
+
 /*   delta     (B,NH,T)                      written: rowsum(dout * out)
  *   partial   flash_backward_partials(s)    what tasks that share a head add to dq: some times (B,NH,T,HS)
  *   scratch   flash_backward_scratch(s)     64-byte aligned */

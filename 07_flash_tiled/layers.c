@@ -83,9 +83,7 @@ static void open_layer(Run *run, Options *options, const char *name, const Setti
                      "--head-size", head_size, "--dropout", p,          "--pass", "both"};
     parse_options(options, sizeof words / sizeof *words, words);
     options->lengths = lengths;
-    const Kernel *kernel = chapter.kernels;
-    while (strcmp(kernel->name, name) != 0)
-        kernel++;
+    const Kernel *kernel = kernel_named(&chapter, name);
     Refusal refusal = open_run(run, &chapter, kernel, options, NULL, 1);
     if (refusal.exit_code)
         die(refusal.exit_code, "one layer of %s %s", name, refusal.reason);

@@ -6,33 +6,22 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
 extern const Chapter chapter;
-
-static double furthest(const float *a, const float *b, size_t n)
-{
-    double most = 0;
-    for (size_t i = 0; i < n; i++) {
-        double apart = fabs((double)a[i] - b[i]);
-        most = apart <= most ? most : apart; /* a NaN stays */
-    }
-    return most;
-}
 
 /* Of dq, dk and dv. */
 static double gradients_apart(const StoryRun *a, const StoryRun *b)
 {
     size_t queries = query_count(&a->shape), keys = key_count(&a->shape);
-    double dq = furthest(a->t.dq, b->t.dq, queries), dk = furthest(a->t.dk, b->t.dk, keys),
-           dv = furthest(a->t.dv, b->t.dv, keys);
+    double dq = furthest_apart(a->t.dq, b->t.dq, queries), dk = furthest_apart(a->t.dk, b->t.dk, keys),
+           dv = furthest_apart(a->t.dv, b->t.dv, keys);
     return isnan(dq + dk + dv) ? NAN : fmax(dq, fmax(dk, dv));
 }
 
 /* Output and gradients, of which the oracle has judged each by itself. */
 static void claim_same(Story *story, const char *name, const StoryRun *run, const StoryRun *expected)
 {
-    double apart = furthest(run->t.out, expected->t.out, query_count(&run->shape)),
+    double apart = furthest_apart(run->t.out, expected->t.out, query_count(&run->shape)),
            gradients = gradients_apart(run, expected);
     story_claim(story, apart <= 2e-6 && gradients <= 2e-5,
                 "%-21s and materialised differ by %.1e at most, in dq, dk and dv by %.1e", name, apart,
@@ -60,9 +49,7 @@ static void tell_tiles(Story *story)
 /* The bytes of a kernel's workspace. */
 static double workspace_of(const char *name, const AttentionShape *s)
 {
-    const Kernel *kernel = chapter.kernels;
-    while (strcmp(kernel->name, name) != 0)
-        kernel++;
+    const Kernel *kernel = kernel_named(&chapter, name);
     size_t floats[MAX_BUFFERS], sum = 0;
     for (int i = kernel->workspace(s, floats); i-- > 0;)
         sum += floats[i];
@@ -141,7 +128,7 @@ static void tell_notebook(Story *story, const StoryRun *causal, const StoryRun *
     tell_gradients(story, future, 1179.07405, mask_gradients);
 
     int C = future->shape.embed_out, T = future->shape.tokens;
-    double apart = furthest(future->t.out + (size_t)(T - 1) * C, future->t.parameter[2], C);
+    double apart = furthest_apart(future->t.out + (size_t)(T - 1) * C, future->t.parameter[2], C);
     story_claim(story, apart == 0, "its last token sees nothing: out is proj.bias, bit for bit");
 }
 
@@ -164,7 +151,7 @@ static double apart_with_tensor(void (*read)(float *bias, const bool *tensor, si
     s.bias_stride[3] = 1;
     sdpa_module(out, t->workspace[QKV], t->workspace[CONTEXT], NULL, t->workspace[SCRATCH], t->x,
                 t->parameter[0], t->parameter[1], t->parameter[2], &s);
-    double apart = furthest(out, expected, count);
+    double apart = furthest_apart(out, expected, count);
     free(triu);
     free(bias);
     free(out);

@@ -96,9 +96,7 @@ static double largest_of(const float *tensor, size_t n)
  * of numbers that cancel is judged by their size. */
 static void packed_as_alone(const char *name, const char *mask)
 {
-    const Kernel *kernel = chapter.kernels;
-    while (strcmp(kernel->name, name) != 0)
-        kernel++;
+    const Kernel *kernel = kernel_named(&chapter, name);
     int *document, tokens;
     Mask parsed;
     const char *wrong = parse_mask(&parsed, mask, &document, &tokens);

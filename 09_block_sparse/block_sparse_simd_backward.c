@@ -39,13 +39,8 @@ void attention_block_sparse_simd_backward(const AttentionBackward *a, float *del
                                           float *scratch, const BlockMask *transposed,
                                           const AttentionShape *s)
 {
-    FlashBackward g = {.view = flash_view(a->q, a->k, a->v, (float *)a->out, (float *)a->lse, s),
-                       .dout = a->dout,
-                       .dq = a->dq,
-                       .dk = a->dk,
-                       .dv = a->dv,
-                       .dbias = a->dbias,
-                       .known = known_from(transposed)};
+    FlashBackward g = flash_backward(a, s);
+    g.known = known_from(transposed);
     flash_attention_backward(&g, delta, partial, scratch, s);
 }
 

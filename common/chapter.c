@@ -91,14 +91,21 @@ static Device choose_device(const Chapter *chapter, Device wanted)
     return device;
 }
 
+const Kernel *kernel_named(const Chapter *chapter, const char *name)
+{
+    const Kernel *kernel = chapter->kernels;
+    while (kernel->name && strcmp(kernel->name, name) != 0)
+        kernel++;
+    return kernel->name ? kernel : NULL;
+}
+
 static void reject_unknown_kernel(const Chapter *chapter, const char *name)
 {
     char names[512] = "";
-    for (const Kernel *k = chapter->kernels; k->name; k++) {
-        if (strcmp(name, k->name) == 0)
-            return;
+    if (kernel_named(chapter, name))
+        return;
+    for (const Kernel *k = chapter->kernels; k->name; k++)
         snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s", *names ? ", " : "", k->name);
-    }
     die(EXIT_USAGE, "chapter %d has no kernel \"%.40s\"%s%s; it has %s", chapter->number, name,
         chapter->device == DEVICE_CPU ? "" : " for --device ",
         chapter->device == DEVICE_CPU ? "" : device_name(chapter->device), names);

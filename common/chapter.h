@@ -63,6 +63,9 @@ typedef struct {
 /* The whole command line. Returns the exit code. */
 int chapter_main(int argc, char **argv, const Chapter *chapter);
 
+/* The chapter's kernel of that name; NULL: it has none. */
+const Kernel *kernel_named(const Chapter *chapter, const char *name);
+
 /* From here on `wanted` threads, or all cores if 0. Returns how many. Ends the program with exit 3 if the build has
  * no OpenMP and more than one is wanted. */
 int use_threads(int wanted);

@@ -63,3 +63,13 @@ void comparison_text(char *text, size_t size, const Comparison *c)
     else
         snprintf(text, size, ", tolerance %.1e, no element stands out", c->tolerance);
 }
+
+double furthest_apart(const float *a, const float *b, size_t count)
+{
+    double most = 0;
+    for (size_t i = 0; i < count; i++) {
+        double apart = fabs((double)a[i] - b[i]);
+        most = apart <= most ? most : apart; /* a NaN stays */
+    }
+    return most;
+}

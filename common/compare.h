@@ -27,6 +27,9 @@ Comparison compare(const float *ours, const double *expected, size_t count, doub
 Comparison compare_gradient(const float *ours, const double *expected, size_t count, double tolerance,
                             double magnitude);
 
+/* The largest |a[i] - b[i]|; NaN if there is one. */
+double furthest_apart(const float *a, const float *b, size_t count);
+
 /* The tolerance, written down once: for ordinary scores 1e-5 in float, and room for long sums of many keys; a
  * score of size s carries an error of s * 2^-24 into the exponent, with room for the dot product that made
  * it. */

@@ -38,11 +38,6 @@ static const float *input(Run *run, const NpyArray *file, size_t count, float ma
     return tensor;
 }
 
-static size_t x_count(const AttentionShape *s)
-{
-    return (size_t)s->batch * s->tokens * s->embed;
-}
-
 static bool can_share(const Run *run, const Run *other, float magnify)
 {
     const AttentionShape *a = &run->problem.shape, *b = &other->problem.shape;
@@ -84,11 +79,6 @@ static void open_inputs(Run *run, const Options *o, const Run *inputs_of, float 
         if (o->bias_randn)
             s->bias = input(run, &o->bias, bias_elements(s), 1);
     }
-}
-
-static size_t parameter_count(const Run *run, int i)
-{
-    return run->parameters.list[i].size[0] * run->parameters.list[i].size[1];
 }
 
 static size_t kept_weights(const Run *run)

@@ -37,6 +37,16 @@ typedef struct {
     int device_owned_count;
 } Run;
 
+/* Elements of x, and of parameter i. */
+static inline size_t x_count(const AttentionShape *s)
+{
+    return (size_t)s->batch * s->tokens * s->embed;
+}
+static inline size_t parameter_count(const Run *run, int i)
+{
+    return run->parameters.list[i].size[0] * run->parameters.list[i].size[1];
+}
+
 /* Why a kernel was not opened. */
 typedef struct {
     int exit_code; /* 0: it was opened */

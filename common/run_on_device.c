@@ -34,16 +34,6 @@ typedef struct {
 } Output;
 enum { MOST_OUTPUTS = 5 + MAX_PARAMETERS };
 
-static size_t x_count(const AttentionShape *s)
-{
-    return (size_t)s->batch * s->tokens * s->embed;
-}
-
-static size_t parameter_count(const Run *run, int i)
-{
-    return run->parameters.list[i].size[0] * run->parameters.list[i].size[1];
-}
-
 static int outputs_of(Output *list, const Run *run, Pass pass)
 {
     const AttentionShape *s = &run->problem.shape;

@@ -150,10 +150,8 @@ void story_notebook(Story *story, const StoryRun *run, const double values[6], d
 
 const StoryRun *story_run(Story *story, const char *kernel_name, const char *words)
 {
-    const Kernel *kernel = story->chapter->kernels;
-    while (kernel->name && strcmp(kernel->name, kernel_name) != 0)
-        kernel++;
-    if (!kernel->name || story->run_count == MAX_STORY_RUNS)
+    const Kernel *kernel = kernel_named(story->chapter, kernel_name);
+    if (!kernel || story->run_count == MAX_STORY_RUNS)
         die(EXIT_USAGE, "the story asks for kernel %s once too often, or there is none", kernel_name);
     int i = story->run_count++;
     story->runs[i] = allocate_zeroed(1, sizeof *story->runs[i]);
