@@ -106,7 +106,7 @@ END {
                     reason = refused[key]
                     sub(/ and .*/, "", reason)
                     sub(/not run: it would take/, "", reason)
-                    line = line " " (middle(key) == "" ? (reason == "" ? "-" : reason) : part == 1 ? short(middle(key)) : short(mib[key])) " |"
+                    line = line " " (middle(key) == "" ? (reason == "" || part == 2 && reason !~ /GiB/ ? "-" : reason) : part == 1 ? short(middle(key)) : short(mib[key])) " |"
                 }
                 print line
             }
