@@ -105,8 +105,10 @@ END {
                     key = kernels[k] "-" T
                     reason = refused[key]
                     sub(/ and .*/, "", reason)
-                    sub(/not run: it would take/, "", reason)
-                    line = line " " (middle(key) == "" ? (reason == "" || part == 2 && reason !~ /GiB/ ? "-" : reason) : part == 1 ? short(middle(key)) : short(mib[key])) " |"
+                    too_slow = sub(/not run: it would take /, "", reason)
+                    if (reason == "" || (part == 2 && too_slow)) # no seconds among MiB
+                        reason = "-"
+                    line = line " " (middle(key) == "" ? reason : part == 1 ? short(middle(key)) : short(mib[key])) " |"
                 }
                 print line
             }

@@ -39,7 +39,7 @@ steps_of_a100() {
                         [ $causal = 0 ] || options="$options --causal"
                         options="$options --repeat $((tokens > 2048 ? 1 : 3))"
                         seconds=$(awk -v T=$tokens -v k=$kernel -v p=$pass -v d=$dropout -v b=$bias 'BEGIN {
-                            s = (p == "forward" ? 1 : 3) * (d > 0 ? k == "simd" ? 4 : 2 : 1) * (b ? 1.7 : 1) * (k == "simd" ? 0.3 : 0.7) * (T == 8192 ? 0.5 : 1)
+                            s = (p == "forward" ? 1 : 3) * (d > 0 ? k == "simd" ? 4 : 2 : 1) * (b ? 1.7 : 1) * (k == "simd" ? 0.3 : 0.7) * (T > 2048 ? 0.7 : 1)
                             printf "%.1f", s * T * T / 4e6 }')
                         step "a100/$kernel-$tokens-$dropout-$bias-$causal-$pass" "$seconds" 07_flash_tiled "$options"
                     done
