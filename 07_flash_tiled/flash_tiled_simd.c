@@ -18,7 +18,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "random.h"
+#include "flash_dropout.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -84,13 +84,17 @@ static void look_up(const FlashBlock *block, Vector extra[TILE][VECTORS], int ke
         return;
     for (int r = from * LANES; r < rows; r++) {
         int h = block->row[r].h, t = block->row[r].t;
-        for (int i = 0; i < TILE; i++) {
-            float *extra_ir = (float *)extra[i] + r;
-            if (*extra_ir == 0 && !block->one_run && !attends(s, block->b, h, t, key + i))
-                *extra_ir = -INFINITY;
-            if (*extra_ir == 0)
-                *extra_ir = log2e * bias_at(s, block->b, h, t, key + i);
-        }
+        float *extra_r = (float *)extra + r; /* key i: extra_r[i * FLASH_ROWS] */
+        for (int i = 0; !block->one_run && i < TILE; i++)
+            if (extra_r[i * FLASH_ROWS] == 0 && !attends(s, block->b, h, t, key + i))
+                extra_r[i * FLASH_ROWS] = -INFINITY;
+        if (!s->bias)
+            continue;
+        const float *bias = bias_row(s, block->b, h, t) + key * s->bias_stride[3];
+        bool sees_all = block->one_run && block->first[r] <= key && key + TILE <= block->end[r];
+        for (int i = 0; i < TILE; i++)
+            if (sees_all || extra_r[i * FLASH_ROWS] == 0)
+                extra_r[i * FLASH_ROWS] = log2e * bias[i * s->bias_stride[3]];
     }
 }
 
@@ -156,16 +160,26 @@ static bool raise_maximum(FlashBlock *block, const Vector top[VECTORS], int from
     return again;
 }
 
-/* Asked key after key, row by row: neighbouring keys share their random numbers. */
+/* A lane is a row, so one Philox call gives the factors of four keys for each of LANES rows. */
 static void drop_out(const FlashBlock *block, float *p, int key, int keys, int from, int vectors)
 {
     const AttentionShape *s = block->s;
-    int rows = smaller(block->rows, (from + vectors) * LANES);
-    float kept = 1 / (1 - s->dropout);
-    for (int r = from * LANES; r < rows; r++) {
-        size_t row = lse_index(s, block->b, block->row[r].h, block->row[r].t);
-        for (int i = 0; i < keys; i++)
-            p[i * FLASH_ROWS + r] *= dropout_keeps(s->dropout_seed, row, key + i, s->dropout) ? kept : 0;
+    uint32_t threshold = dropout_threshold(s->dropout);
+    for (int j = from; j < from + vectors; j++) {
+        WordVector row_low = {0}, row_high = {0};
+        for (int i = 0; i < LANES && j * LANES + i < block->rows; i++) {
+            const FlashRow *row = &block->row[j * LANES + i];
+            uint64_t index = lse_index(s, block->b, row->h, row->t);
+            row_low[i] = (uint32_t)index;
+            row_high[i] = (uint32_t)(index >> 32);
+        }
+        for (int four = key / 4; 4 * four < key + keys; four++) {
+            WordVector word[4];
+            dropout_word_vectors(word, s->dropout_seed, row_low, row_high, (WordVector){0} + (uint32_t)four);
+            for (int i = larger(0, key - 4 * four); i < smaller(4, key + keys - 4 * four); i++)
+                ((Vector *)(p + (4 * four + i - key) * FLASH_ROWS))[j] *=
+                    dropout_factors(word[i], threshold, 1 / (1 - s->dropout));
+        }
     }
 }
 

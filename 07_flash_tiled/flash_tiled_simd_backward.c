@@ -16,7 +16,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "random.h"
+#include "flash_dropout.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -218,12 +218,32 @@ static Sight look_ahead(const Place *p)
     return sight;
 }
 
+/* kept for one row: a lane is a group of four keys, whose factors then go side by side. */
+static void look_up_dropout(float *kept, const Place *p, size_t row, const Sight *sight)
+{
+    enum { STEP = 4 * LANES };
+    const AttentionShape *s = p->s;
+    WordVector row_low = (WordVector){0} + (uint32_t)row,
+               row_high = (WordVector){0} + (uint32_t)((uint64_t)row >> 32);
+    for (int key = sight->from / STEP * STEP; key < sight->to; key += STEP) {
+        WordVector four, word[4];
+        Vector factor[4];
+        for (int i = 0; i < LANES; i++)
+            four[i] = (uint32_t)(p->key + key) / 4 + (uint32_t)i;
+        dropout_word_vectors(word, s->dropout_seed, row_low, row_high, four);
+        for (int j = 0; j < 4; j++)
+            factor[j] = dropout_factors(word[j], dropout_threshold(s->dropout), 1 / (1 - s->dropout));
+        for (int i = 0; i < LANES; i++)
+            for (int j = 0; j < 4; j++)
+                kept[key + 4 * i + j] = factor[j][i];
+    }
+}
+
 /* extra and kept of the keys that are in sight, and of those that share a register tile with the last. */
 static void look_up(Scratch *x, const Place *p, const Sight *sight)
 {
     const AttentionShape *s = p->s;
     int to = (sight->to + TILE - 1) / TILE * TILE;
-    float factor = 1 / (1 - s->dropout);
     for (int r = 0; r < p->rows; r++) {
         float *extra = x->extra + r * KEYS, *kept = x->kept + r * KEYS;
         int first, end, t = p->t + r;
@@ -238,67 +258,74 @@ static void look_up(Scratch *x, const Place *p, const Sight *sight)
             for (int i = sight->from; i < sight->to; i++)
                 if (!attends(s, p->b, p->h, t, p->key + i))
                     extra[i] = -INFINITY;
-        if (s->bias)
-            for (int i = sight->from; i < sight->to; i++)
-                if (extra[i] == 0)
-                    extra[i] = log2e * bias_at(s, p->b, p->h, t, p->key + i);
+        if (s->bias) {
+            const float *bias = bias_row(s, p->b, p->h, t) + p->key * s->bias_stride[3];
+            if (s->bias_stride[3] == 1) /* the same, for the compiler to turn into vectors */
+                for (int i = sight->from; i < sight->to; i++)
+                    extra[i] = extra[i] == 0 ? log2e * bias[i] : -INFINITY;
+            else
+                for (int i = sight->from; i < sight->to; i++)
+                    extra[i] = extra[i] == 0 ? log2e * bias[i * s->bias_stride[3]] : -INFINITY;
+        }
         if (s->dropout > 0)
-            for (int i = sight->from; i < sight->to; i++)
-                kept[i] = dropout_keeps(s->dropout_seed, row, p->key + i, s->dropout) ? factor : 0;
+            look_up_dropout(kept, p, row, sight);
     }
 }
 
-/* D and dS: both products, and between them the softmax. The sums of S start at -lse, the numbers and their
- * order are forward's: so they are rounded much as they were there, and large scores lose little. */
-INLINE void weigh(Scratch *x, const Place *p, const Sight *sight, bool all)
+/* S - lse into weights, dP into d_scores. The sums of S start at -lse, the numbers and their order are forward's: so they
+ * are rounded much as they were there, and large scores lose little. */
+INLINE void multiply_scores(Scratch *x, const Place *p, const Sight *sight, bool all)
 {
     int HS = p->s->head_size;
     for (int key = sight->from; key < sight->to; key += KEY_STEP)
         for (int r = 0; r < p->rows; r += TILE) {
             Vector c[TILE][VECTORS];
             const float *a[TILE];
-            size_t at[TILE];
-            for (int i = 0; i < TILE; i++) {
+            size_t at = (size_t)r * KEYS + key;
+            for (int i = 0; i < TILE; i++)
                 a[i] = x->scaled_rows + (size_t)(r + i) * x->width;
-                at[i] = (size_t)(r + i) * KEYS + key;
-            }
             EACH_VECTOR(i, j, VECTORS)
             {
                 c[i][j] = (Vector){0} - x->lse[r + i];
                 if (!all)
-                    c[i][j] += ((const Vector *)(x->extra + at[i]))[j];
+                    c[i][j] += ((const Vector *)(x->extra + at + i * KEYS))[j];
             }
             add_scores(c, a, x->k_columns + key, HS);
             EACH_VECTOR(i, j, VECTORS)
             {
-                Vector exponent = c[i][j];
-                if (!all) {
-                    Vector extra = ((const Vector *)(x->extra + at[i]))[j];
-                    exponent = vector_select(extra == -INFINITY, extra, exponent);
-                }
-                ((Vector *)(x->weights + at[i]))[j] = exp2_vector(exponent);
+                ((Vector *)(x->weights + at + i * KEYS))[j] = c[i][j];
             }
 
             for (int i = 0; i < TILE; i++)
                 a[i] = x->dout_rows + (size_t)(r + i) * x->width;
             EACH_VECTOR(i, j, VECTORS)
             {
-                c[i][j] = (Vector){0} - (all ? x->delta[r + i] : 0);
+                c[i][j] = (Vector){0};
             }
             multiply(c, VECTORS, a, 1, x->v_columns + key, KEYS, HS);
             EACH_VECTOR(i, j, VECTORS)
             {
-                Vector *weight = (Vector *)(x->weights + at[i]) + j, d_p = c[i][j];
-                Vector *d_score = (Vector *)(x->d_scores + at[i]) + j;
-                if (all) {
-                    *d_score = *weight * d_p;
-                } else {
-                    Vector kept = ((const Vector *)(x->kept + at[i]))[j];
-                    Vector extra = ((const Vector *)(x->extra + at[i]))[j];
-                    *d_score = vector_select(extra == -INFINITY, (Vector){0},
-                                             *weight * (kept * d_p - x->delta[r + i]));
-                    *weight *= kept;
-                }
+                ((Vector *)(x->d_scores + at + i * KEYS))[j] = c[i][j];
+            }
+        }
+}
+
+/* D and dS from them: the softmax and its gradient. Apart from the products, whose sums need nearly all registers. */
+INLINE void weigh(Scratch *x, const Place *p, const Sight *sight, bool all)
+{
+    for (int r = 0; r < (p->rows + TILE - 1) / TILE * TILE; r++)
+        for (int key = sight->from; key < sight->to; key += LANES) {
+            size_t at = (size_t)r * KEYS + key;
+            Vector *weight = (Vector *)(x->weights + at), *d_score = (Vector *)(x->d_scores + at);
+            if (all) {
+                *weight = exp2_vector(*weight);
+                *d_score = *weight * (*d_score - x->delta[r]);
+            } else {
+                Vector extra = *(const Vector *)(x->extra + at), kept = *(const Vector *)(x->kept + at);
+                Vector w = exp2_vector(vector_select(extra == -INFINITY, extra, *weight));
+                *d_score =
+                    vector_select(extra == -INFINITY, (Vector){0}, w * (kept * *d_score - x->delta[r]));
+                *weight = w * kept;
             }
         }
 }
@@ -355,9 +382,11 @@ static bool meet(Scratch *x, const Place *p, Sight *sight)
         return false;
     read_queries(x, p);
     if (sight->all) {
+        multiply_scores(x, p, sight, true);
         weigh(x, p, sight, true);
     } else {
         look_up(x, p, sight);
+        multiply_scores(x, p, sight, false);
         weigh(x, p, sight, false);
     }
     return true;
@@ -370,11 +399,20 @@ static int key_blocks(const AttentionShape *s)
     return (s->key_tokens + KEYS - 1) / KEYS;
 }
 
+/* How many batch entries one task takes: all of them where they share the numbers of a bias, so that its gradient is summed
+ * up in one place; but not where too few tasks would be left. */
+static int entries_of_a_task(const AttentionShape *s)
+{
+    bool shared = s->bias && s->bias_stride[0] == 0 && (s->bias_stride[1] || s->kv_heads == 1);
+    return shared && s->kv_heads * key_blocks(s) >= FLASH_BACK_SHARES / 4 ? s->batch : 1;
+}
+
 /* Where key/value heads are few, several tasks share one: each has some blocks of keys, and a dq of its own.
  * How many follows from the shape alone, and so do the bits. */
 static int chunks(const AttentionShape *s)
 {
-    int wanted = FLASH_BACK_SHARES / smaller(FLASH_BACK_SHARES, s->batch * s->kv_heads);
+    int heads = s->batch / entries_of_a_task(s) * s->kv_heads;
+    int wanted = FLASH_BACK_SHARES / smaller(FLASH_BACK_SHARES, heads);
     return smaller(wanted, key_blocks(s));
 }
 
@@ -416,6 +454,39 @@ static QueryRows query_rows(const Place *p, float *partial, int chunk)
                        query_row(s, 0, 1, 0), s->head_size};
 }
 
+/* Adds one tile's dS to the gradient of (b, h)'s bias. A sum over queries is made in the tile first: a sum of sums loses
+ * less to rounding. */
+static void add_bias_gradient(Scratch *x, const Place *p, const Sight *sight)
+{
+    const size_t *stride = p->s->bias_stride;
+    float *dbias = p->g->dbias + p->b * stride[0] + p->h * stride[1];
+    int rows = p->rows;
+    if (!stride[2]) { /* one row for all queries: into the first */
+        for (int r = 1; r < rows; r++)
+            for (int i = sight->from; i < sight->to; i++)
+                x->d_scores[i] += x->d_scores[r * KEYS + i];
+        rows = 1;
+    }
+    for (int r = 0; r < rows; r++) {
+        const float *d_score = x->d_scores + r * KEYS;
+        float *row = dbias + (p->t + r) * stride[2] + p->key * stride[3], sum = 0;
+        for (int i = sight->from; stride[3] && i < sight->to; i++)
+            row[i * stride[3]] += d_score[i];
+        for (int i = sight->from; !stride[3] && i < sight->to; i++)
+            sum += d_score[i];
+        if (!stride[3])
+            row[0] += sum;
+    }
+}
+
+/* Does each number of the bias belong to one task? Then its gradient is summed up along the way. */
+static bool bias_is_own(const AttentionShape *s)
+{
+    const size_t *stride = s->bias_stride;
+    return s->bias && (stride[0] || entries_of_a_task(s) == s->batch) && (stride[1] || s->kv_heads == 1) &&
+           (stride[3] || chunks(s) == 1);
+}
+
 static void write_key_gradient(const Scratch *x, const Place *p, int block)
 {
     int HS = p->s->head_size, keys = smaller(KEYS, p->s->key_tokens - block * KEYS);
@@ -428,16 +499,13 @@ static void write_key_gradient(const Scratch *x, const Place *p, int block)
     }
 }
 
-/* One chunk of the keys of one key/value head, and all queries that read it. */
-static void chunk_gradient(const FlashBackward *g, const float *delta, float *partial, float *scratch,
-                           const AttentionShape *s, size_t job)
+/* Chunk number `chunk` of the keys of one key/value head, and all queries that read it. */
+static void chunk_gradient(Place p, float *partial, Scratch x, int chunk)
 {
-    int n = chunks(s), chunk = (int)(job % n), bh = (int)(job / n), group = s->heads / s->kv_heads;
+    const AttentionShape *s = p.s;
+    int n = chunks(s), group = s->heads / s->kv_heads, first_head = p.kv_head * group;
     int HS = s->head_size;
-    Scratch x = lay_out(scratch, HS);
-    Place p = {.g = g, .s = s, .delta = delta, .b = bh / s->kv_heads, .kv_head = bh % s->kv_heads};
     QueryRows dq = query_rows(&p, partial, chunk);
-    int first_head = p.kv_head * group;
 
     for (int h = first_head; h < first_head + group; h++)
         for (int t = 0; t < s->tokens; t++)
@@ -457,6 +525,8 @@ static void chunk_gradient(const FlashBackward *g, const float *delta, float *pa
                 add_key_gradient(x.dv_rows, x.weights, x.dout_rows, &sight, p.rows, x.width);
                 add_key_gradient(x.dk_rows, x.d_scores, x.q_rows, &sight, p.rows, x.width);
                 query_gradient(&x, &sight, p.rows);
+                if (bias_is_own(s))
+                    add_bias_gradient(&x, &p, &sight);
                 for (int r = 0; r < p.rows; r++) {
                     float *row = dq.first + p.h * dq.head + (t + r) * dq.token;
                     for (int d = 0; d < HS; d++)
@@ -465,6 +535,17 @@ static void chunk_gradient(const FlashBackward *g, const float *delta, float *pa
             }
         write_key_gradient(&x, &p, block);
     }
+}
+
+/* A task: one chunk of one key/value head, in one batch entry or in all. */
+static void task_gradient(const FlashBackward *g, const float *delta, float *partial, float *scratch,
+                          const AttentionShape *s, size_t job)
+{
+    int n = chunks(s), entries = entries_of_a_task(s), head = (int)(job / n);
+    Place p = {.g = g, .s = s, .delta = delta, .kv_head = head % s->kv_heads};
+    int first = head / s->kv_heads * entries;
+    for (p.b = first; p.b < first + entries; p.b++)
+        chunk_gradient(p, partial, lay_out(scratch, s->head_size), (int)(job % n));
 }
 
 /* dq += the partial sums of the other chunks, in their order. */
@@ -497,7 +578,7 @@ static void row_deltas(float *delta, const FlashBackward *g, const AttentionShap
     }
 }
 
-/* ---- The bias, if there is one: dS once more, each number of the bias in one task ---- */
+/* ---- A bias whose numbers several chunks share: dS once more, each number of the bias in one task ---- */
 
 /* Along each axis the bias holds `own` numbers, each shared by `shared` pairs. A task is one (b, h) of the
  * bias and, if it tells keys apart, one block of keys. */
@@ -521,30 +602,7 @@ static BiasTasks bias_tasks(const AttentionShape *s)
 static size_t bias_jobs(const AttentionShape *s)
 {
     BiasTasks tasks = bias_tasks(s);
-    return s->bias ? (size_t)tasks.own[0] * tasks.own[1] * tasks.blocks : 0;
-}
-
-/* Adds one tile's dS. A sum over queries is made in the tile first: a sum of sums loses less to rounding. */
-static void add_bias_gradient(float *dbias, const Scratch *x, const Place *p, const Sight *sight)
-{
-    const size_t *stride = p->s->bias_stride;
-    float part[KEYS] = {0};
-    for (int r = 0; r < p->rows; r++) {
-        const float *d_score = x->d_scores + r * KEYS;
-        float sum = 0;
-        for (int i = sight->from; i < sight->to; i++) {
-            part[i] = stride[2] ? d_score[i] : part[i] + d_score[i];
-            sum += part[i];
-        }
-        if (!stride[2] && r + 1 < p->rows)
-            continue;
-        float *row = dbias + (p->t + r) * stride[2];
-        if (!stride[3])
-            row[0] += sum;
-        else
-            for (int i = sight->from; i < sight->to; i++)
-                row[(p->key + i) * stride[3]] += part[i];
-    }
+    return s->bias && !bias_is_own(s) ? (size_t)tasks.own[0] * tasks.own[1] * tasks.blocks : 0;
 }
 
 static void bias_gradient(const FlashBackward *g, const float *delta, float *scratch, const AttentionShape *s,
@@ -554,13 +612,8 @@ static void bias_gradient(const FlashBackward *g, const float *delta, float *scr
     int b0 = (int)(job / tasks.blocks / tasks.own[1]), h0 = (int)(job / tasks.blocks % tasks.own[1]);
     int first = s->bias_stride[3] ? (int)(job % tasks.blocks) : 0,
         end = s->bias_stride[3] ? first + 1 : key_blocks(s);
-    float *dbias = g->dbias + b0 * s->bias_stride[0] + h0 * s->bias_stride[1];
     Scratch x = lay_out(scratch, s->head_size);
     Place p = {.g = g, .s = s, .delta = delta};
-
-    for (int t = 0; t < tasks.own[2]; t++)
-        for (int key = first * KEYS; key < smaller(end * KEYS, tasks.own[3]) || key == first * KEYS; key++)
-            dbias[t * s->bias_stride[2] + key * s->bias_stride[3]] = 0;
 
     for (p.b = b0; p.b < b0 + tasks.shared[0]; p.b++)
         for (p.h = h0; p.h < h0 + tasks.shared[1]; p.h++)
@@ -572,7 +625,7 @@ static void bias_gradient(const FlashBackward *g, const float *delta, float *scr
                     Sight sight;
                     set_queries(&p, t);
                     if (meet(&x, &p, &sight))
-                        add_bias_gradient(dbias, &x, &p, &sight);
+                        add_bias_gradient(&x, &p, &sight);
                 }
             }
 }
@@ -581,7 +634,7 @@ static void bias_gradient(const FlashBackward *g, const float *delta, float *scr
 
 static size_t all_jobs(const AttentionShape *s)
 {
-    return (size_t)s->batch * s->kv_heads * chunks(s);
+    return (size_t)(s->batch / entries_of_a_task(s)) * s->kv_heads * chunks(s);
 }
 
 /* Lists that the jobs are cut into, each with scratch of its own. */
@@ -606,13 +659,15 @@ void flash_attention_backward(const FlashBackward *g, float *delta, float *parti
 {
     size_t n = lists(s), jobs = all_jobs(s), floats = scratch_floats(s->head_size);
     row_deltas(delta, g, s);
+    if (s->bias) {
+        BiasTasks bias = bias_tasks(s);
+        memset(g->dbias, 0, (size_t)bias.own[0] * bias.own[1] * bias.own[2] * bias.own[3] * sizeof *g->dbias);
+    }
 #pragma omp parallel for schedule(dynamic)
     for (size_t i = 0; i < n; i++)
         for (size_t job = jobs * i / n; job < jobs * (i + 1) / n; job++)
-            chunk_gradient(g, delta, partial, scratch + i * floats, s, job);
+            task_gradient(g, delta, partial, scratch + i * floats, s, job);
     add_partials(g, partial, s);
-    if (!s->bias)
-        return;
     jobs = bias_jobs(s);
 #pragma omp parallel for schedule(dynamic)
     for (size_t i = 0; i < n; i++)

@@ -111,6 +111,12 @@ HOST_DEVICE static inline float bias_at(const AttentionShape *s, int b, int h, i
     return s->bias ? s->bias[b * stride[0] + h * stride[1] + t * stride[2] + t2 * stride[3]] : 0.0f;
 }
 
+/* Query (b,h,t)'s row of a bias that is there: key t2's number lies t2 * bias_stride[3] further on. */
+HOST_DEVICE static inline const float *bias_row(const AttentionShape *s, int b, int h, int t)
+{
+    return s->bias + b * s->bias_stride[0] + h * s->bias_stride[1] + t * s->bias_stride[2];
+}
+
 /* Where a row of HS numbers starts: query (b, h, t) in q or out; key (b, h, t2) in k or v, h counted over the
  * query's heads: a group of NH / NKV query heads shares one key/value head. */
 HOST_DEVICE static inline size_t query_row(const AttentionShape *s, int b, int h, int t)

@@ -1,0 +1,68 @@
+/* dropout_keeps() of random.h for LANES pairs at a time: Philox4x32-10 (Salmon et al. 2011) with a counter in each lane.
+ * philox.h has the same lines for one counter, and which counter is whose. */
+#ifndef FLASH_DROPOUT_H
+#define FLASH_DROPOUT_H
+
+#include "flash_vectors.h"
+
+#include <math.h>
+#include <stddef.h>
+
+typedef uint32_t WordVector __attribute__((vector_size(LANES * sizeof(float)), may_alias));
+typedef uint64_t WideVector __attribute__((vector_size(LANES * sizeof(float)), may_alias));
+
+/* The upper and lower halves of a * factor, lane by lane: products of 64 bits, of the even lanes and of the odd ones. */
+static inline __attribute__((always_inline)) void multiply_wide(WordVector *high, WordVector *low,
+                                                                WordVector a, uint32_t factor)
+{
+    const uint64_t lower = 0xFFFFFFFF;
+#if defined(__AVX512F__)
+    __m512i factors = _mm512_set1_epi32((int)factor);
+    WideVector even = (WideVector)_mm512_mul_epu32((__m512i)a, factors);
+    WideVector odd = (WideVector)_mm512_mul_epu32((__m512i)((WideVector)a >> 32), factors);
+#elif defined(__AVX2__)
+    __m256i factors = _mm256_set1_epi32((int)factor);
+    WideVector even = (WideVector)_mm256_mul_epu32((__m256i)a, factors);
+    WideVector odd = (WideVector)_mm256_mul_epu32((__m256i)((WideVector)a >> 32), factors);
+#else
+    WideVector even = ((WideVector)a & lower) * factor;
+    WideVector odd = ((WideVector)a >> 32) * factor;
+#endif
+    *low = (WordVector)((even & lower) | (odd << 32));
+    *high = (WordVector)((even >> 32) | (odd & ~lower));
+}
+
+/* word[i]: for the key 4 * four + i of row `row` (its lower and upper 32 bits). */
+static inline __attribute__((always_inline)) void dropout_word_vectors(WordVector word[4], uint64_t seed,
+                                                                       WordVector row_low,
+                                                                       WordVector row_high, WordVector four)
+{
+    WordVector a = four, b = row_low, c = row_high, d = (WordVector){0} + 0x64726F70u;
+    uint32_t key_low = (uint32_t)seed, key_high = (uint32_t)(seed >> 32);
+    for (int round = 0; round < 10; round++) {
+        WordVector a_high, a_low, c_high, c_low;
+        multiply_wide(&a_high, &a_low, a, 0xD2511F53u);
+        multiply_wide(&c_high, &c_low, c, 0xCD9E8D57u);
+        a = c_high ^ b ^ key_low;
+        b = c_low;
+        c = a_high ^ d ^ key_high;
+        d = a_low;
+        key_low += 0x9E3779B9u;
+        key_high += 0xBB67AE85u;
+    }
+    word[0] = a, word[1] = b, word[2] = c, word[3] = d;
+}
+
+/* A pair is kept where its word is at least this: the integer that word * 2^-32 >= p asks for. */
+static inline uint32_t dropout_threshold(float p)
+{
+    return (uint32_t)ceil(p * 0x1p32);
+}
+
+/* kept where a word keeps its pair, else 0. */
+static inline Vector dropout_factors(WordVector word, uint32_t threshold, float kept)
+{
+    return vector_select((IntVector)(word >= threshold), (Vector){0} + kept, (Vector){0});
+}
+
+#endif
