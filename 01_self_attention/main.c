@@ -356,10 +356,13 @@ static void story(Story *story)
     story_time(story, "dot-product v1 v2", "--batch 1 --tokens 1024 --embed 768");
 }
 
+DECLARE_DEVICE_KERNELS(self_attention);
+
 const Chapter chapter = {.number = 1,
                          .title = "Self-attention",
                          .folder = "01_self_attention",
                          .kernels = kernels,
+                         .device_kernels = {DEVICE_KERNELS(self_attention, "dot-product v1 v2 sdpa")},
                          .story = story};
 
 int main(int argc, char **argv)

@@ -242,10 +242,13 @@ static void story(Story *story)
     story_time(story, "renormalise minus-inf causal", "--batch 1 --tokens 1024 --embed 768");
 }
 
+DECLARE_DEVICE_KERNELS(causal_attention);
+
 const Chapter chapter = {.number = 2,
                          .title = "Causal attention",
                          .folder = "02_causal_attention",
                          .kernels = kernels,
+                         .device_kernels = {DEVICE_KERNELS(causal_attention, "renormalise minus-inf causal")},
                          .story = story};
 
 int main(int argc, char **argv)

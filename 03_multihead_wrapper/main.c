@@ -223,11 +223,14 @@ static void story(Story *story)
                      "does it in one.");
 }
 
+DECLARE_DEVICE_KERNELS(multihead_wrapper);
+
 const Chapter chapter = {
     .number = 3,
     .title = "Many heads, one after another",
     .folder = "03_multihead_wrapper",
     .kernels = kernels,
+    .device_kernels = {DEVICE_KERNELS(multihead_wrapper, "stacked wrapper")},
     .story = story,
 };
 

@@ -381,11 +381,14 @@ static void story(Story *story)
     story_time(story, "split-heads packed-qkv torch-mha", "--batch 8 --tokens 1024 --embed 768 --heads 12");
 }
 
+DECLARE_DEVICE_KERNELS(packed_qkv);
+
 const Chapter chapter = {
     .number = 4,
     .title = "Many heads from one matrix",
     .folder = "04_packed_qkv",
     .kernels = kernels,
+    .device_kernels = {DEVICE_KERNELS(packed_qkv, "split-heads packed-qkv torch-mha")},
     .story = story,
 };
 

@@ -299,11 +299,14 @@ static const ChapterMode modes[] = {
      try_einsum},
     {0}};
 
+DECLARE_DEVICE_KERNELS(einsum_attention);
+
 const Chapter chapter = {
     .number = 5,
     .title = "Attention in einsum",
     .folder = "05_einsum_style",
     .kernels = kernels,
+    .device_kernels = {DEVICE_KERNELS(einsum_attention, "einsum einsum-loops")},
     .story = story,
     .modes = modes,
 };

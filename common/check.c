@@ -125,6 +125,22 @@ static const Kernel *locate(const Chapter *chapter, int i, int *which)
     return NULL;
 }
 
+/* A device's row, filled up with what it leaves out from the CPU's row of that name. Dropout is its own. */
+static Kernel filled_up(const Kernel *device, const Kernel *cpu)
+{
+    if (!cpu)
+        return *device;
+    Kernel kernel = *cpu;
+    kernel.what = device->what ? device->what : cpu->what;
+    kernel.forward = device->forward;
+    kernel.backward = device->backward;
+    kernel.workspace = device->workspace ? device->workspace : cpu->workspace;
+    kernel.backward_workspace =
+        device->backward_workspace ? device->backward_workspace : cpu->backward_workspace;
+    kernel.dropout = device->dropout;
+    return kernel;
+}
+
 Chapter chapter_on(const Chapter *chapter, Device device, Kernel rows[MAX_DEVICE_ROWS])
 {
     Chapter there = *chapter;
@@ -132,7 +148,7 @@ Chapter chapter_on(const Chapter *chapter, Device device, Kernel rows[MAX_DEVICE
     for (const DeviceKernels *file = chapter->device_kernels; file->names; file++) {
         const Kernel *table = device == DEVICE_CUDA ? file->cuda : file->simt;
         for (; table && table->name && count < MAX_DEVICE_ROWS - 1; table++)
-            rows[count++] = *table;
+            rows[count++] = filled_up(table, kernel_named(chapter, table->name));
     }
     rows[count] = (Kernel){0};
     there.device = device;

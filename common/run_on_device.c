@@ -78,8 +78,8 @@ void open_on_device(Run *run)
     d->out = device_floats(run, run->out_size);
     d->lse = t->lse ? device_floats(run, lse_count(s)) : NULL;
     d->weights = t->weights ? device_floats(run, run->weights_size) : NULL;
-    for (int i = 0; i < MAX_BUFFERS && run->workspace_size[i]; i++)
-        d->workspace[i] = device_floats(run, run->workspace_size[i]);
+    for (int i = 0; i < MAX_BUFFERS; i++) /* where a size is 0, as without dropout, there is none */
+        d->workspace[i] = run->workspace_size[i] ? device_floats(run, run->workspace_size[i]) : NULL;
     if (!backward)
         return;
     d->dout = uploaded_floats(run, t->dout, run->out_size);
@@ -90,8 +90,9 @@ void open_on_device(Run *run)
     d->dx = t->dx ? device_floats(run, x_count(s)) : NULL;
     for (int i = 0; i < run->parameters.count; i++)
         d->d_parameter[i] = device_floats(run, parameter_count(run, i));
-    for (int i = 0; i < MAX_BUFFERS && run->backward_workspace_size[i]; i++)
-        d->backward_workspace[i] = device_floats(run, run->backward_workspace_size[i]);
+    for (int i = 0; i < MAX_BUFFERS; i++)
+        d->backward_workspace[i] =
+            run->backward_workspace_size[i] ? device_floats(run, run->backward_workspace_size[i]) : NULL;
 }
 
 void poison_on_device(Run *run, Pass pass)
@@ -105,8 +106,9 @@ void poison_on_device(Run *run, Pass pass)
     bool forward = pass == PASS_FORWARD;
     float *const *workspace = forward ? run->on_device.workspace : run->on_device.backward_workspace;
     const size_t *size = forward ? run->workspace_size : run->backward_workspace_size;
-    for (int i = 0; i < MAX_BUFFERS && workspace[i]; i++)
-        run->device->fill_with_nan(workspace[i], size[i] * sizeof(float));
+    for (int i = 0; i < MAX_BUFFERS; i++)
+        if (workspace[i])
+            run->device->fill_with_nan(workspace[i], size[i] * sizeof(float));
 }
 
 void fetch_from_device(Run *run, Pass pass)
