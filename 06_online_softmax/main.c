@@ -253,7 +253,7 @@ const Chapter chapter = {
     .title = "Online softmax: attention in one pass over the keys",
     .folder = "06_online_softmax",
     .kernels = kernels,
-    .device_kernels = {DEVICE_KERNELS(online_softmax, "materialised online")},
+    .device_kernels = {DEVICE_KERNELS(online_softmax, "materialised online split-keys")},
     .checks = checks,
     .story = story,
 };

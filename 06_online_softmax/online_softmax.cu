@@ -78,6 +78,78 @@ __global__ static void online_kernel(float *out, float *lse, const float *q, con
     }
 }
 
+/* ---- Few rows and many keys: the keys are cut into parts, a warp to each part of each row, and the partial results are
+ * merged. ---- */
+
+enum {
+    PART_KEYS = 128,  /* the least that a part has */
+    PART_ROWS = 8192, /* so many partial rows at most, or one a row */
+};
+
+static int parts_of(const AttentionShape *s)
+{
+    size_t rows = lse_count(s), most = rows < PART_ROWS ? PART_ROWS / rows : 1;
+    int parts = (s->key_tokens + PART_KEYS - 1) / PART_KEYS;
+    return most < (size_t)parts ? (int)most : parts;
+}
+
+/* Warp i has part i / rows of row i % rows. o (parts,rows,HS), m and l (parts,rows): the partial results. */
+__global__ static void part_kernel(float *o, float *m, float *l, const float *q, const float *k,
+                                   const float *v, AttentionShape shape, int parts, size_t rows)
+{
+    DYNAMIC_SHARED(float, shared);
+    const AttentionShape *s = &shape;
+    int HS = s->head_size, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    int keys = (s->key_tokens + parts - 1) / parts; /* of a part */
+
+    for (size_t i = (size_t)blockIdx.x * warps + warp; i < rows * parts; i += (size_t)gridDim.x * warps) {
+        size_t bht = i % rows;
+        int t = (int)(bht % s->tokens), h = (int)(bht / s->tokens % s->heads);
+        int b = (int)(bht / s->tokens / s->heads), part = (int)(i / rows);
+        Row row = empty_row_of_warp(o + i * HS, HS);
+        int end = smaller((part + 1) * keys, keys_end(s, b, t));
+        for (int from = part * keys; from < end; from += WARP)
+            add_32_keys(&row, shared + warp * WARP, q, k, v, s, b, h, t, from, smaller(from + WARP, end));
+        if (threadIdx.x % WARP == 0) {
+            m[i] = row.m;
+            l[i] = row.l;
+        }
+    }
+}
+
+/* Two sums over different keys become one once both are measured from the same maximum. */
+__device__ static void merge_partials(Row *into, const Row *other, int HS)
+{
+    float m = larger(into->m, other->m);
+    float mend_into = into->m == m ? 1 : expf(into->m - m),
+          mend_other = other->m == m ? 1 : expf(other->m - m);
+    into->l = mend_into * into->l + mend_other * other->l;
+    for (int i = threadIdx.x % WARP; i < HS; i += WARP)
+        into->o[i] = mend_into * into->o[i] + mend_other * other->o[i];
+    into->m = m;
+}
+
+/* A warp to each row: its parts in their order, so that the bits are the same every time. */
+__global__ static void merge_kernel(float *out, float *lse, float *o, const float *m, const float *l,
+                                    int parts, int HS, size_t rows)
+{
+    int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
+    for (size_t i = (size_t)blockIdx.x * warps + threadIdx.x / WARP; i < rows;
+         i += (size_t)gridDim.x * warps) {
+        Row row = empty_row_of_warp(out + i * HS, HS);
+        for (int part = 0; part < parts; part++) {
+            size_t partial = part * rows + i;
+            Row other = {m[partial], l[partial], o + partial * HS};
+            merge_partials(&row, &other, HS);
+        }
+        float one_over_l = row.l == 0 ? 0 : 1 / row.l;
+        for (int column = lane; column < HS; column += WARP)
+            row.o[column] *= one_over_l;
+        if (lane == 0)
+            lse[i] = row.m + logf(row.l);
+    }
+}
+
 /* ---- With the matrix: three steps, the first and the last by cuBLAS (on the stand-in by the CPU's product). ---- */
 
 #if defined(SIMT) || defined(HAVE_CUBLAS)
@@ -166,6 +238,24 @@ static void forward_online(const Tensors *t, const AttentionShape *s)
            t->lse, t->q, t->k, t->v, *s, rows);
 }
 
+/* o, m and l of every part of every row */
+static int workspace_split_keys(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = parts_of(s) * query_count(s);
+    floats[1] = floats[2] = parts_of(s) * lse_count(s);
+    return 3;
+}
+
+static void forward_split_keys(const Tensors *t, const AttentionShape *s)
+{
+    float *o = t->workspace[0], *m = t->workspace[1], *l = t->workspace[2];
+    int parts = parts_of(s), threads = MOST_WARPS * WARP;
+    size_t rows = lse_count(s);
+    LAUNCH(part_kernel, blocks_for(rows * parts), threads, MOST_WARPS * WARP * sizeof(float), o, m, l, t->q,
+           t->k, t->v, *s, parts, rows);
+    LAUNCH(merge_kernel, blocks_for(rows), threads, 0, t->out, t->lse, o, m, l, parts, s->head_size, rows);
+}
+
 #if defined(SIMT) || defined(HAVE_CUBLAS)
 static int softmax_if_dropout(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
@@ -240,6 +330,14 @@ DEVICE_TABLE(online_softmax) = {
      .forward = forward_online,
      .backward = backward_recomputed,
      .backward_workspace = workspace_recomputed,
+     .dropout = DROPOUT_POSITION},
+    {.name = "split-keys",
+     .what = "the same, the keys of a row cut into parts that are merged: for few rows and many keys",
+     .takes = TAKES_QKV,
+     .forward = forward_split_keys,
+     .backward = backward_recomputed,
+     .backward_workspace = workspace_recomputed,
+     .workspace = workspace_split_keys,
      .dropout = DROPOUT_POSITION},
     {},
 };

@@ -309,11 +309,14 @@ static void story(Story *story)
 static const ChapterMode modes[] = {
     {"decode", "[--tsv FILE]: time for one more token, with a KV cache and without", run_decode}, {0}};
 
+DECLARE_DEVICE_KERNELS(gqa);
+
 const Chapter chapter = {
     .number = 8,
     .title = "Grouped queries, and the KV cache",
     .folder = "08_gqa",
     .kernels = kernels,
+    .device_kernels = {DEVICE_KERNELS(gqa, "repeat-kv grouped split-keys llama")},
     .checks = checks,
     .story = story,
     .group = 4,

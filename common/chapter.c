@@ -29,6 +29,24 @@ int use_threads(int wanted)
 #endif
 }
 
+const Kernel *kernel_named(const Chapter *chapter, const char *name)
+{
+    const Kernel *kernel = chapter->kernels;
+    while (kernel->name && strcmp(kernel->name, name) != 0)
+        kernel++;
+    return kernel->name ? kernel : NULL;
+}
+
+/* The i-th kernel that only devices have, of those that this build can list; NULL behind the last. */
+static const Kernel *device_only(const Chapter *chapter, int i)
+{
+    for (const DeviceKernels *file = chapter->device_kernels; file->names; file++)
+        for (const Kernel *k = file->simt ? file->simt : file->cuda; k && k->name; k++)
+            if (!kernel_named(chapter, k->name) && i-- == 0)
+                return k;
+    return NULL;
+}
+
 static void print_help(const Chapter *chapter)
 {
     printf("Chapter %d: %s\n\n", chapter->number, chapter->title);
@@ -39,6 +57,10 @@ static void print_help(const Chapter *chapter)
     printf("\nKernels:\n");
     for (const Kernel *k = chapter->kernels; k->name; k++)
         printf("  %-20s takes %-4s %s\n", k->name, k->takes == TAKES_X ? "x;" : "qkv;", k->what);
+    const Kernel *k;
+    for (int i = 0; (k = device_only(chapter, i)); i++)
+        printf("  %-20s takes %-4s %s; --device simt or cuda\n", k->name, k->takes == TAKES_X ? "x;" : "qkv;",
+               k->what);
     printf("\nOptions:\n");
     print_options(stdout);
     printf("\nExit code: 0 all checks passed, 1 a check failed, 2 bad usage or input, 3 no such device or "
@@ -55,24 +77,31 @@ static bool has_word(const char *words, const char *name)
     return false;
 }
 
-/* ",simt,cuda(no-device)" for a kernel that a .cu has too. */
-static void print_devices(const Chapter *chapter, const char *name)
+/* "simt,cuda(no-device)" for a kernel that a .cu has, with `before` in front of it. */
+static void print_devices(const Chapter *chapter, const char *name, const char *before)
 {
     for (const DeviceKernels *file = chapter->device_kernels; file->names; file++)
         for (Device device = DEVICE_SIMT; has_word(file->names, name) && device <= DEVICE_CUDA; device++) {
             const char *missing = device_missing(device);
-            printf(",%s%s%s%s", device_name(device), missing ? "(" : "", missing ? missing : "",
+            printf("%s%s%s%s%s", before, device_name(device), missing ? "(" : "", missing ? missing : "",
                    missing ? ")" : "");
+            before = ",";
         }
+    printf("\n");
 }
 
 static void print_list(const Chapter *chapter)
 {
-    for (const Kernel *k = chapter->kernels; k->name; k++) {
+    const Kernel *k;
+    for (k = chapter->kernels; k->name; k++) {
         printf("%s %s %s f32 cpu", k->name, k->takes == TAKES_X ? "x" : "qkv",
                k->backward ? "forward,backward" : "forward");
-        print_devices(chapter, k->name);
-        printf("\n");
+        print_devices(chapter, k->name, ",");
+    }
+    for (int i = 0; (k = device_only(chapter, i)); i++) {
+        printf("%s %s %s f32 ", k->name, k->takes == TAKES_X ? "x" : "qkv",
+               k->backward ? "forward,backward" : "forward");
+        print_devices(chapter, k->name, "");
     }
 }
 
@@ -91,19 +120,15 @@ static Device choose_device(const Chapter *chapter, Device wanted)
     return device;
 }
 
-const Kernel *kernel_named(const Chapter *chapter, const char *name)
-{
-    const Kernel *kernel = chapter->kernels;
-    while (kernel->name && strcmp(kernel->name, name) != 0)
-        kernel++;
-    return kernel->name ? kernel : NULL;
-}
-
 static void reject_unknown_kernel(const Chapter *chapter, const char *name)
 {
     char names[512] = "";
     if (kernel_named(chapter, name))
         return;
+    for (const DeviceKernels *file = chapter->device_kernels; chapter->device == DEVICE_CPU && file->names;
+         file++)
+        if (has_word(file->names, name))
+            die(EXIT_USAGE, "kernel %s runs on --device simt or cuda, not cpu", name);
     for (const Kernel *k = chapter->kernels; k->name; k++)
         snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s", *names ? ", " : "", k->name);
     die(EXIT_USAGE, "chapter %d has no kernel \"%.40s\"%s%s; it has %s", chapter->number, name,
