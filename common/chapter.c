@@ -71,7 +71,7 @@ static void print_help(const Chapter *chapter)
 static bool has_word(const char *words, const char *name)
 {
     size_t length = strlen(name);
-    for (const char *at = words; (at = strstr(at, name)); at += length)
+    for (const char *at = words; length && (at = strstr(at, name)); at += length)
         if ((at == words || at[-1] == ' ') && (at[length] == ' ' || at[length] == '\0'))
             return true;
     return false;
