@@ -10,13 +10,10 @@
 #ifndef BLOCK_MASK_H
 #define BLOCK_MASK_H
 
-#include "shape.h"
+#include "closed_form.h"
 
 /* May query q of batch entry b and head h attend to key kv? attends() of shape.h is one. */
 typedef bool MaskPredicate(const AttentionShape *s, int b, int h, int q, int kv);
-
-/* From least to most: where two masks hold at once, a block is at most the lesser of its two kinds. */
-typedef enum { BLOCK_EMPTY, BLOCK_PARTIAL, BLOCK_FULL } BlockKind;
 
 typedef struct {
     int key_block;
@@ -32,6 +29,10 @@ typedef struct {
     MaskPredicate *predicate;     /* what it was filled from; partial blocks ask it */
 } BlockMask;
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* How many floats of memory the lists for s->block need, and the mask in that memory, not yet filled.
  * by_batch, by_head: the predicate looks at b, at h, so that each needs lists of its own. Batch entries that
  * differ in s->lengths always get them. */
@@ -46,23 +47,22 @@ void fill_from_closed_form(BlockMask *mask, const AttentionShape *s);
 
 /* The same lists from the side of the keys: for each row of key blocks the query blocks that list it,
  * ascending. Of what it returns, query_blocks and key_blocks have changed places, and key_block of a
- * ListedBlock is the number of a query block. One walk through the lists makes it. */
+ * ListedBlock is the number of a query block. One walk through the lists makes it. transposed_mask_in: not yet
+ * filled. */
 size_t transposed_mask_floats(const AttentionShape *s, bool by_batch, bool by_head);
+BlockMask transposed_mask_in(float *memory, const BlockMask *mask);
 BlockMask transpose_in(float *memory, const BlockMask *mask);
 
-/* What s->mask, causality and lengths together say of the queries q <= .. < q_end and the keys
- * kv <= .. < kv_end, neither range empty, without asking about any pair. */
-BlockKind closed_form(const AttentionShape *s, int b, int q, int q_end, int kv, int kv_end);
-
 /* Which list belongs to query block i of (b, h). */
-static inline size_t list_index(const BlockMask *mask, int b, int h, int i)
+HOST_DEVICE static inline size_t list_index(const BlockMask *mask, int b, int h, int i)
 {
     size_t set = (size_t)(mask->batch > 1 ? b : 0) * mask->heads + (mask->heads > 1 ? h : 0);
     return set * mask->query_blocks + i;
 }
 
 /* That list: *count blocks. */
-static inline const ListedBlock *block_list(const BlockMask *mask, int b, int h, int i, int *count)
+HOST_DEVICE static inline const ListedBlock *block_list(const BlockMask *mask, int b, int h, int i,
+                                                        int *count)
 {
     size_t index = list_index(mask, b, h, i);
     *count = mask->count[index];
@@ -74,5 +74,9 @@ typedef struct {
     size_t full, partial, all;
 } BlockCount;
 BlockCount count_blocks(const BlockMask *mask);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -520,11 +520,16 @@ static void story(Story *story)
 static const ChapterMode modes[] = {
     {"mask", "[--mask NAME] [--tokens T] [--block N] [--tsv FILE]: pictures of block masks", run_mask}, {0}};
 
+DECLARE_DEVICE_KERNELS(block_sparse);
+DECLARE_DEVICE_KERNELS(dense_mask);
+
 const Chapter chapter = {
     .number = 9,
     .title = "Block masks: what most pairs forbid, nobody computes",
     .folder = "09_block_sparse",
     .kernels = kernels,
+    .device_kernels = {DEVICE_KERNELS(block_sparse, "block-sparse flex"),
+                       DEVICE_KERNELS(dense_mask, "dense-mask")},
     .checks = checks,
     .story = story,
     .modes = modes,

@@ -114,7 +114,6 @@ static const BadLine bad[] = {
     {FLASH, "--device cuda", 3, "--device cpu"},
 #ifdef HAVE_SIMT
     {FLASH, "--device simt --kernel simd", 2, "for --device simt; it has tiled"},
-    {EINSUM, "--device simt", 2, "take --device cpu"},
 #else
     {FLASH, "--device simt", 3, "no-C++-compiler"},
 #endif

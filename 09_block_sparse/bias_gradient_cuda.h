@@ -1,0 +1,58 @@
+/* The gradient of a bias on a GPU. A number of it was added to one score, or to many where it was broadcast: its
+ * gradient is the sum of theirs. */
+#ifndef BIAS_GRADIENT_CUDA_H
+#define BIAS_GRADIENT_CUDA_H
+
+#include "cuda_warp.h"
+#include "shape.h"
+
+/* Along each axis the bias holds `own` numbers, each shared by `shared` pairs. */
+typedef struct {
+    int own[4], shared[4];
+    size_t elements;
+} Broadcast;
+
+static Broadcast broadcast_of(const AttentionShape *s)
+{
+    const int size[4] = {s->batch, s->heads, s->tokens, s->key_tokens};
+    Broadcast axes;
+    axes.elements = 1;
+    for (int i = 0; i < 4; i++) {
+        axes.own[i] = s->bias_stride[i] ? size[i] : 1;
+        axes.shared[i] = s->bias_stride[i] ? 1 : size[i];
+        axes.elements *= axes.own[i];
+    }
+    return axes;
+}
+
+/* The keys t2 <= .. < t2_end of a rectangle of pairs are divided among `lanes` threads. */
+typedef struct {
+    int b, h, t, t_end, t2, t2_end, lane, lanes;
+} Rectangle;
+
+/* A thread to each number of the bias; a warp where it is shared along the keys, whose lanes divide them always in the
+ * same way. sum(rectangle) is the sum of dS over a thread's share. */
+template <class Sum>
+__device__ static void sum_into_bias(float *dbias, const AttentionShape *s, const Broadcast &axes,
+                                     const Sum &sum)
+{
+    const size_t *stride = s->bias_stride;
+    int lanes = axes.shared[3] > 1 ? WARP : 1, lane = threadIdx.x % lanes;
+    size_t thread = (size_t)blockIdx.x * blockDim.x + threadIdx.x, threads = (size_t)gridDim.x * blockDim.x;
+
+    for (size_t i = thread / lanes; i < axes.elements; i += threads / lanes) {
+        int k0 = (int)(i % axes.own[3]), t0 = (int)(i / axes.own[3] % axes.own[2]);
+        int h0 = (int)(i / axes.own[3] / axes.own[2] % axes.own[1]);
+        int b0 = (int)(i / axes.own[3] / axes.own[2] / axes.own[1]);
+        float total = 0;
+        for (int b = b0; b < b0 + axes.shared[0]; b++)
+            for (int h = h0; h < h0 + axes.shared[1]; h++)
+                total += sum(Rectangle{b, h, t0, t0 + axes.shared[2], k0, k0 + axes.shared[3], lane, lanes});
+        if (lanes > 1)
+            total = warp_sum(total);
+        if (lane == 0)
+            dbias[b0 * stride[0] + h0 * stride[1] + t0 * stride[2] + k0 * stride[3]] = total;
+    }
+}
+
+#endif
