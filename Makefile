@@ -104,7 +104,8 @@ $(foreach chapter,$(CHAPTERS),$(eval $(call chapter_rules,$(chapter))))
 PROGRAMS := $(CHAPTERS:%=$(BUILD)/%/run)
 TESTS    := $(BUILD)/common/test $(CHAPTERS:%=$(BUILD)/%/test)
 
-$(BUILD)/common/test: $(call objects,$(filter-out common/test_chapter.c,$(wildcard common/test_*.c))) $(COMMON_LIBRARY)
+$(BUILD)/common/test: $(call objects,$(filter-out common/test_chapter.c,$(wildcard common/test_*.c))) \
+                      $(if $(SIMT_CXX),$(BUILD)/common/test_simt.simt.o) $(COMMON_LIBRARY)
 	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS) -lcriterion
 
 .PHONY: all tests test demo figures tables peers fuzz setup clean format

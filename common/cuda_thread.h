@@ -11,7 +11,7 @@
 #include "simt.h"
 
 #define LAUNCH(kernel, grid, block, shared_bytes, ...)                                                       \
-    simt_launch(grid, block, shared_bytes, [&] { kernel(__VA_ARGS__); })
+    simt_launch(#kernel, grid, block, shared_bytes, kernel, __VA_ARGS__)
 #define DYNAMIC_SHARED(type, name) type *name = (type *)simt_shared()
 
 #else

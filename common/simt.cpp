@@ -7,186 +7,282 @@
 #include <setjmp.h>
 #include <stdlib.h>
 #include <ucontext.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef SIMT_ONE_BY_ONE
+#include <sanitizer/common_interface_defs.h>
+#endif
 
-dim3 threadIdx, blockIdx, blockDim, gridDim;
+__thread SimtThread simt_thread;
 
-enum { WARP = 32, MOST_THREADS = 1024, STACK = 1 << 16 };
+static const unsigned WARP = 32, MOST_THREADS = 1024, MOST_WARPS = MOST_THREADS / WARP, GIVEN = 32;
+#ifdef SIMT_ONE_BY_ONE
+enum { STACK = 1 << 18 }; /* AddressSanitizer puts space between variables */
+#else
+enum { STACK = 1 << 16 };
+#endif
+
+/* ---- Fibres. A context, which asks the system, starts one; a jump goes on with it. The compiler's own jump, where it has one,
+ * saves three registers; the library's is several times as slow, and clears AddressSanitizer's memory of the stack. ---- */
+
+#ifdef __x86_64__
+typedef void *Jump[5];
+#define SAVE_PLACE(jump) __builtin_setjmp(jump)
+#define GO_TO_PLACE(jump) __builtin_longjmp(jump, 1)
+#else
+typedef jmp_buf Jump;
+#define SAVE_PLACE(jump) _setjmp(jump)
+#define GO_TO_PLACE(jump) _longjmp(jump, 1)
+#endif
+#define UNWATCHED __attribute__((noinline, no_sanitize_address))
+
+struct Stack {
+    Jump place; /* to go on from */
+    char *bottom;
+    size_t size;
+    void *followed; /* AddressSanitizer's own notes on it */
+};
+
+/* Not in go(): a function that is jumped back into must not jump. */
+UNWATCHED static void leave(Stack *to, const ucontext_t *first)
+{
+    if (first)
+        setcontext(first);
+    GO_TO_PLACE(to->place);
+}
+
+/* Goes on with `to`, or with `first` if it has not run yet; returns when somebody goes on with `from`. */
+UNWATCHED static void go(Stack *from, Stack *to, const ucontext_t *first)
+{
+#ifdef SIMT_ONE_BY_ONE
+    __sanitizer_start_switch_fiber(&from->followed, to->bottom, to->size);
+#endif
+    if (SAVE_PLACE(from->place) == 0)
+        leave(to, first);
+#ifdef SIMT_ONE_BY_ONE
+    __sanitizer_finish_switch_fiber(from->followed, nullptr, nullptr);
+#endif
+}
+
+/* ---- A block, on one processor thread ---- */
 
 enum State { RUNS, AT_WARP, AT_BLOCK, DONE };
 
-/* A place on a stack to go on from. The first time a fibre runs, its context is set up; from then on _longjmp does, which
- * is several times faster as it asks nothing of the system. AddressSanitizer follows contexts only. */
-#if defined(__SANITIZE_ADDRESS__)
-#define FOLLOWED 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define FOLLOWED 1
-#endif
-#endif
-
-struct Place {
-    ucontext_t context;
-    jmp_buf jump;
-    bool has_jump;
+struct Fibre {
+    Stack stack;
+    State state;
+    SimtPlace place; /* where it waits */
+    uint3 index;
+    alignas(16) char given[2][GIVEN]; /* to the other lanes, in the last exchange and the one before */
+    unsigned exchanges;
 };
 
-static void go(Place *from, Place *to)
-{
-#ifdef FOLLOWED
-    swapcontext(&from->context, &to->context);
-#else
-    from->has_jump = true;
-    if (_setjmp(from->jump) != 0)
-        return;
-    if (to->has_jump)
-        _longjmp(to->jump, 1);
-    setcontext(&to->context);
-#endif
-}
-
-static struct {
-    Place scheduler;
-    struct {
-        Place place;
-        char *stack;
-        State state;
-        uint32_t value[2]; /* for the other lanes, the last and the one before */
-        unsigned exchanges;
-    } thread[MOST_THREADS];
+struct Block {
+    Stack scheduler;
+    Fibre fibre[MOST_THREADS];
     unsigned threads, running;
-    bool backwards;
-    void *shared;
-    void (*body)(void *);
-    void *context;
-} block;
+    uint64_t random;
+    const char *kernel;
+    char *shared;
+    void (*body)(const void *);
+    const void *context;
+};
+static thread_local Block *block;
 
 void *simt_shared()
 {
-    return block.shared;
+    return block->shared;
+}
+
+/* xorshift64*: a number below n. */
+static unsigned draw(unsigned n)
+{
+    uint64_t x = block->random;
+    x ^= x >> 12;
+    x ^= x << 25;
+    x ^= x >> 27;
+    block->random = x;
+    return (unsigned)((x * 0x2545F4914F6CDD1D >> 32) * n >> 32);
 }
 
 /* A fibre gives way to the scheduler, in this state. */
-static void give_way(State state)
+static void give_way(State state, SimtPlace place)
 {
-    auto *me = &block.thread[block.running];
+    Fibre *me = &block->fibre[block->running];
     me->state = state;
-    go(&me->place, &block.scheduler);
+    me->place = place;
+    go(&me->stack, &block->scheduler, nullptr);
 }
 
-void simt_wait_for_warp()
+void simt_wait_for_warp(SimtPlace place)
 {
-    give_way(AT_WARP);
+    give_way(AT_WARP, place);
 }
 
-void simt_wait_for_block()
+void simt_wait_for_block(SimtPlace place)
 {
-    give_way(AT_BLOCK);
+    give_way(AT_BLOCK, place);
 }
 
-/* A lane overwrites a value two exchanges later, and by then all have been at the barrier in between. */
-uint32_t simt_exchange(uint32_t value, unsigned source)
+/* A lane overwrites what it gave two exchanges later, and by then all have been at the barrier in between. */
+void simt_give(const void *value, size_t bytes, SimtPlace place)
 {
-    unsigned from = block.running / WARP * WARP + source, slot = block.thread[block.running].exchanges++ % 2;
-    block.thread[block.running].value[slot] = value;
-    simt_wait_for_warp();
-    return from < block.threads ? block.thread[from].value[slot] : value;
+    Fibre *me = &block->fibre[block->running];
+    memcpy(me->given[++me->exchanges % 2], value, bytes);
+    simt_wait_for_warp(place);
 }
 
-static void run_thread()
+/* Another lane may have gone on to its next exchange: this lane's count says which of the two to read. */
+const void *simt_given(unsigned from)
 {
-    block.body(block.context);
-    give_way(DONE);
+    unsigned thread = block->running / WARP * WARP + from;
+    unsigned which = block->fibre[block->running].exchanges % 2;
+    return thread < block->threads ? block->fibre[thread].given[which] : nullptr;
 }
 
-static void resume(unsigned i)
+/* A fibre's whole life: the body for one block after another. */
+static void live()
 {
-    block.running = i;
-    threadIdx = dim3(i, 0, 0);
-    go(&block.scheduler, &block.thread[i].place);
-}
-
-/* All threads from first to past, one direction after the other, until each waits; returns how they all wait. */
-static State run_together(unsigned first, unsigned past)
-{
-    for (unsigned i = first; i < past; i++) {
-        unsigned which = block.backwards ? past - 1 - (i - first) : i;
-        if (block.thread[which].state == RUNS)
-            resume(which);
-    }
-    block.backwards = !block.backwards;
-    State state = block.thread[first].state;
-    for (unsigned i = first; i < past; i++)
-        if (block.thread[i].state != state)
-            die(EXIT_CHECK_FAILED, "threads %u and %u of block %u do not come to the same barrier", first, i,
-                blockIdx.x);
-    return state;
-}
-
-/* A warp until it waits for the block, or is done. */
-static State run_warp(unsigned first, unsigned past)
-{
+#ifdef SIMT_ONE_BY_ONE
+    Stack *scheduler = &block->scheduler;
+    __sanitizer_finish_switch_fiber(nullptr, (const void **)&scheduler->bottom, &scheduler->size);
+#endif
     for (;;) {
-        State state = run_together(first, past);
-        if (state != AT_WARP)
-            return state;
-        for (unsigned i = first; i < past; i++)
-            block.thread[i].state = RUNS;
+        block->body(block->context);
+        give_way(DONE, {"its end", "", 0});
     }
 }
 
+static void resume(unsigned thread)
+{
+    Fibre *fibre = &block->fibre[thread];
+    block->running = thread;
+    simt_thread.thread = fibre->index;
+    simt_thread.lane = thread % WARP;
+    if (fibre->stack.bottom) {
+        go(&block->scheduler, &fibre->stack, nullptr);
+        return;
+    }
+    ucontext_t first;
+    fibre->stack.bottom = (char *)malloc(STACK);
+    fibre->stack.size = STACK;
+    if (!fibre->stack.bottom)
+        die(EXIT_UNAVAILABLE, "no room for a block's threads");
+    getcontext(&first);
+    first.uc_stack.ss_sp = fibre->stack.bottom;
+    first.uc_stack.ss_size = STACK;
+    first.uc_link = nullptr;
+    makecontext(&first, live, 0);
+    go(&block->scheduler, &fibre->stack, &first);
+}
+
+/* ---- Whose turn it is ---- */
+
+/* Two threads that should wait together: do they wait at the same place? */
+static void expect_together(unsigned one, unsigned other)
+{
+    const Fibre *a = &block->fibre[one], *b = &block->fibre[other];
+    bool same_file = a->place.file == b->place.file || strcmp(a->place.file, b->place.file) == 0;
+    bool same_call = a->place.what == b->place.what || strcmp(a->place.what, b->place.what) == 0;
+    if (a->state == b->state && a->place.line == b->place.line && same_file && same_call)
+        return;
+    const uint3 *at = &simt_thread.block;
+#pragma omp critical(simt)
+    die(EXIT_CHECK_FAILED,
+        "%s, block (%u,%u,%u): thread %u has come to %s (%s:%d), thread %u of the same %s to %s (%s:%d)",
+        block->kernel, at->x, at->y, at->z, one, a->place.what, a->place.file, a->place.line, other,
+        one / WARP == other / WARP ? "warp" : "block", b->place.what, b->place.file, b->place.line);
+}
+
+/* All lanes of a warp, until each waits; returns for what. Their order is a random start and direction. */
+static State run_warp(unsigned warp)
+{
+    unsigned first = warp * WARP, count = block->threads - first < WARP ? block->threads - first : WARP;
+    unsigned start = draw(count), step = draw(2) ? 1 : count - 1;
+    for (unsigned i = 0; i < count; i++)
+        resume(first + (start + i * step) % count);
+    for (unsigned i = 1; i < count; i++)
+        expect_together(first, first + i);
+    return block->fibre[first].state;
+}
+
+/* One warp after another, drawn at random, each to its next barrier; when all wait for the block, or are done, together. */
 static void run_block()
 {
-    for (unsigned i = 0; i < block.threads; i++) {
-        ucontext_t *place = &block.thread[i].place.context;
-        block.thread[i].place.has_jump = false;
-        getcontext(place);
-        place->uc_stack.ss_sp = block.thread[i].stack;
-        place->uc_stack.ss_size = STACK;
-        place->uc_link = nullptr;
-        makecontext(place, run_thread, 0);
-        block.thread[i].state = RUNS;
-        block.thread[i].exchanges = 0;
-    }
-    for (State state = RUNS; state != DONE;) {
-        for (unsigned first = 0; first < block.threads; first += WARP) {
-            unsigned past = first + WARP < block.threads ? first + WARP : block.threads;
-            State warp = run_warp(first, past);
-            if (first > 0 && warp != state)
-                die(EXIT_CHECK_FAILED, "warps 0 and %u of block %u do not come to the same barrier",
-                    first / WARP, blockIdx.x);
-            state = warp;
+    unsigned warps = (block->threads + WARP - 1) / WARP, ready[MOST_WARPS];
+    for (unsigned i = 0; i < block->threads; i++)
+        block->fibre[i].exchanges = 0;
+    do {
+        unsigned count = warps;
+        for (unsigned i = 0; i < warps; i++)
+            ready[i] = i;
+        while (count > 0) {
+            unsigned which = draw(count);
+            if (run_warp(ready[which]) != AT_WARP)
+                ready[which] = ready[--count];
         }
-        for (unsigned i = 0; i < block.threads; i++)
-            if (block.thread[i].state == AT_BLOCK)
-                block.thread[i].state = RUNS;
-    }
+        for (unsigned warp = 1; warp < warps; warp++)
+            expect_together(0, warp * WARP);
+    } while (block->fibre[0].state != DONE);
 }
 
-void simt_run(dim3 grid, unsigned threads, size_t shared_bytes, void (*body)(void *), void *context)
+/* ---- A launch ---- */
+
+static uint64_t seed;
+
+void simt_set_seed(uint64_t new_seed)
 {
-    if (threads < 1 || threads > MOST_THREADS || shared_bytes > 232448)
-        die(EXIT_UNAVAILABLE, "a block takes 1 to %d threads and 227 KiB, not %u threads and %zu bytes",
-            MOST_THREADS, threads, shared_bytes);
-    block.threads = threads;
-    block.body = body;
-    block.context = context;
-    block.backwards = false;
-    block.shared = malloc(shared_bytes + 1);
-    for (unsigned i = 0; i < threads; i++) {
-        if (!block.thread[i].stack)
-            block.thread[i].stack = (char *)malloc(STACK);
-        if (!block.shared || !block.thread[i].stack)
-            die(EXIT_UNAVAILABLE, "no room for a block's threads");
+    seed = new_seed + 1;
+}
+
+static void open_block(const char *kernel, dim3 size, size_t shared_bytes, void (*body)(const void *),
+                       const void *context)
+{
+    if (!block)
+        block = (Block *)calloc(1, sizeof(Block));
+    char *shared = (char *)malloc(shared_bytes ? shared_bytes : 1);
+    if (!block || !shared)
+        die(EXIT_UNAVAILABLE, "no room for a block's threads");
+    block->threads = size.x * size.y * size.z;
+    block->kernel = kernel;
+    block->shared = shared;
+    block->body = body;
+    block->context = context;
+    for (unsigned i = 0; i < block->threads; i++)
+        block->fibre[i].index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
+    simt_thread.block_size = size;
+}
+
+void simt_run(const char *kernel, dim3 grid, dim3 size, size_t shared_bytes, void (*body)(const void *),
+              const void *context)
+{
+    size_t threads = (size_t)size.x * size.y * size.z, blocks = (size_t)grid.x * grid.y * grid.z;
+    if (threads < 1 || threads > MOST_THREADS || shared_bytes > 232448 || blocks < 1 || grid.y > 65535 ||
+        grid.z > 65535)
+        die(EXIT_UNAVAILABLE,
+            "%s: a block takes 1 to %u threads and 227 KiB, not %zu threads and %zu bytes; a grid 1 to "
+            "65535 blocks along y and z, not %u and %u",
+            kernel, MOST_THREADS, threads, shared_bytes, grid.y, grid.z);
+    if (!seed)
+        simt_set_seed(getenv("SIMT_SEED") ? strtoull(getenv("SIMT_SEED"), nullptr, 10) : 0);
+
+#ifndef SIMT_ONE_BY_ONE
+#pragma omp parallel if (blocks > 3)
+#endif
+    {
+        open_block(kernel, size, shared_bytes, body, context);
+        simt_thread.grid_size = grid;
+#ifndef SIMT_ONE_BY_ONE
+#pragma omp for schedule(dynamic)
+#endif
+        for (size_t i = 0; i < blocks; i++) {
+            simt_thread.block = {(unsigned)(i % grid.x), (unsigned)(i / grid.x % grid.y),
+                                 (unsigned)(i / grid.x / grid.y)};
+            block->random = (seed + i) * 0x9E3779B97F4A7C15 | 1;
+            memset(block->shared, 0xFF, shared_bytes);
+            run_block();
+        }
+        free(block->shared);
     }
-    gridDim = grid;
-    blockDim = dim3(threads);
-    for (unsigned z = 0; z < grid.z; z++)
-        for (unsigned y = 0; y < grid.y; y++)
-            for (unsigned x = 0; x < grid.x; x++) {
-                blockIdx = dim3(x, y, z);
-                memset(block.shared, 0xFF, shared_bytes);
-                run_block();
-            }
-    free(block.shared);
-    block.shared = nullptr;
 }

@@ -1,0 +1,162 @@
+/* The stand-in for CUDA threads: what it offers, and that it finds what a GPU hides. */
+#ifdef HAVE_SIMT
+#include "device.h"
+#include "test_simt.h"
+
+#include <criterion/criterion.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+/* ---- Missing barriers: some number is wrong, whatever the seed; with the barrier none is. ---- */
+
+enum { BLOCKS = 6, SEEDS = 20 };
+
+static int wrong_in_reverse(const float *out, int threads)
+{
+    int wrong = 0;
+    for (int i = 0; i < BLOCKS * threads; i++)
+        wrong += out[i] != (float)(threads - 1 - i % threads); /* NaN is wrong too */
+    return wrong;
+}
+
+Test(simt, a_missing_syncthreads_is_seen)
+{
+    static float out[BLOCKS * 256];
+    for (int threads = 64; threads <= 256; threads += 96)
+        for (int seed = 0; seed < SEEDS; seed++) {
+            simt_test_seed(seed);
+            reverse_blocks(out, BLOCKS, threads, true);
+            cr_expect(wrong_in_reverse(out, threads) == 0, "seed %d, %d threads", seed, threads);
+            reverse_blocks(out, BLOCKS, threads, false);
+            cr_expect(wrong_in_reverse(out, threads) > 0, "seed %d, %d threads: not seen", seed, threads);
+        }
+}
+
+Test(simt, a_missing_syncwarp_is_seen)
+{
+    static float out[BLOCKS * 32];
+    for (int seed = 0; seed < SEEDS; seed++) {
+        simt_test_seed(seed);
+        reverse_warps(out, BLOCKS, true);
+        cr_expect(wrong_in_reverse(out, 32) == 0, "seed %d", seed);
+        reverse_warps(out, BLOCKS, false);
+        cr_expect(wrong_in_reverse(out, 32) > 0, "seed %d: not seen", seed);
+    }
+}
+
+/* Threads of a warp no longer run in lockstep, and here they never do. */
+Test(simt, a_warp_is_not_in_lockstep)
+{
+    float out[BLOCKS];
+    for (int seed = 0; seed < SEEDS; seed++) {
+        int wrong = 0;
+        simt_test_seed(seed);
+        tree_sums(out, BLOCKS, false);
+        for (int i = 0; i < BLOCKS; i++)
+            cr_expect(out[i] == 32640, "seed %d, block %d", seed, i);
+        tree_sums(out, BLOCKS, true);
+        for (int i = 0; i < BLOCKS; i++)
+            wrong += out[i] != 32640;
+        cr_expect(wrong > 0, "seed %d: not seen", seed);
+    }
+}
+
+/* ---- What there is ---- */
+
+Test(simt, blocks_and_grids_have_three_axes)
+{
+    int out[12 * 30] = {0};
+    number_threads(out);
+    for (int i = 0; i < 12 * 30; i++)
+        cr_expect(out[i] == i, "thread %d wrote %d", i, out[i]);
+}
+
+Test(simt, a_warp_answers)
+{
+    for (int threads = 32; threads >= 20; threads -= 12) { /* the last warp of a block may be short */
+        unsigned out[7 * 32], votes = 0;
+        ask_the_warp(out, threads);
+        for (int lane = 0; lane < threads; lane += 3)
+            votes |= 1u << lane;
+        for (unsigned lane = 0; lane < (unsigned)threads; lane++) {
+            unsigned other = lane ^ 3, down = lane + 4, up = lane ? lane - 1 : 0;
+            cr_expect(out[lane] == 105);
+            cr_expect(out[32 + lane] == 100 + (other < (unsigned)threads ? other : lane));
+            cr_expect(out[64 + lane] == 100 + (down < (unsigned)threads ? down : lane));
+            cr_expect(out[96 + lane] == 100 + up);
+            cr_expect(out[128 + lane] == votes);
+            cr_expect(out[160 + lane] == 1);
+            cr_expect(out[192 + lane] == (threads == 20));
+        }
+    }
+}
+
+Test(simt, atomics_lose_nothing)
+{
+#ifdef _OPENMP
+    omp_set_num_threads(4);
+#endif
+    float quarter = 0;
+    unsigned count = 0;
+    int largest = -1;
+    add_atomically(&quarter, &count, &largest, 500);
+    cr_expect(quarter == 16000 && count == 64000 && largest == 63999, "%g, %u, %d", quarter, count, largest);
+}
+
+/* ---- What ends the program. Each runs in a process of its own, whose last words are read. ---- */
+
+static void expect_end(void (*broken)(void), int exit_code, const char *words, const char *more)
+{
+    int ends[2];
+    char text[4096] = "";
+    cr_assert(pipe(ends) == 0);
+    pid_t child = fork();
+    if (child == 0) {
+        dup2(ends[1], STDERR_FILENO);
+        setenv("ASAN_OPTIONS", "detect_leaks=0", 1);
+        broken();
+        _exit(0);
+    }
+    close(ends[1]);
+    FILE *from = fdopen(ends[0], "r");
+    size_t length = fread(text, 1, sizeof text - 1, from);
+    text[length] = '\0';
+    fclose(from);
+    int status = 0;
+    waitpid(child, &status, 0);
+    cr_expect(WIFEXITED(status) && WEXITSTATUS(status) == exit_code, "exit code %d: %s", WEXITSTATUS(status),
+              text);
+    cr_expect(strstr(text, words) && strstr(text, more), "it says: %s", text);
+}
+
+Test(simt, divergent_barriers_are_named)
+{
+    expect_end(some_threads_wait_for_the_block, 1, "some_threads_wait_kernel",
+               "to __syncthreads (common/test_simt.cpp:");
+    expect_end(two_barriers_at_once, 1, "two_barriers_kernel, block (0,0,0)",
+               "of the same block to __syncthreads");
+    expect_end(half_a_warp_shuffles, 1, "half_a_warp_kernel", "__shfl_xor_sync (common/test_simt.cpp:");
+    expect_end(one_thread_returns_early, 1, "returns_early_kernel", "to its end");
+    expect_end(too_many_threads, 3, "nothing_kernel", "1 to 1024 threads");
+}
+
+static void past_device_memory(void)
+{
+    past_global(accelerator_simt.allocate(100 * sizeof(float)), 100);
+}
+
+Test(simt, bounds_are_kept_under_addresssanitizer)
+{
+    if (!simt_has_bounds())
+        return; /* tested where it is built so: .ci/run */
+    expect_end(past_dynamic_shared, 1, "heap-buffer-overflow", "past_dynamic_kernel");
+    expect_end(past_static_shared, 1, "global-buffer-overflow", "past_static_kernel");
+    expect_end(past_device_memory, 1, "heap-buffer-overflow", "past_global_kernel");
+}
+#endif
