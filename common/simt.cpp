@@ -16,7 +16,10 @@
 
 __thread SimtThread simt_thread;
 
-static const unsigned WARP = 32, MOST_THREADS = 1024, MOST_WARPS = MOST_THREADS / WARP, GIVEN = 32;
+static const unsigned WARP = 32, MOST_THREADS = 1024, MOST_WARPS = MOST_THREADS / WARP, GIVEN = 32,
+                      SIDE_BY_SIDE =
+                          1
+                          << 15; /* fewer threads than that are not worth the start of another processor's */
 #ifdef SIMT_ONE_BY_ONE
 enum { STACK = 1 << 18 }; /* AddressSanitizer puts space between variables */
 #else
@@ -268,7 +271,7 @@ void simt_run(const char *kernel, dim3 grid, dim3 size, size_t shared_bytes, voi
         simt_set_seed(getenv("SIMT_SEED") ? strtoull(getenv("SIMT_SEED"), nullptr, 10) : 0);
 
 #ifndef SIMT_ONE_BY_ONE
-#pragma omp parallel if (blocks > 3)
+#pragma omp parallel if (blocks * threads >= SIDE_BY_SIDE)
 #endif
     {
         open_block(kernel, size, shared_bytes, body, context);

@@ -3,8 +3,8 @@
  * A thread of a block is a fibre: a stack of its own and a place in the code to go on from. Fibres of a block take turns on one
  * processor thread; each runs until it waits for its warp (__syncwarp, a shuffle, a ballot) or for its block (__syncthreads).
  * Whose turn is next is drawn at random, from SIMT_SEED and the block's number, so that a kernel that lacks a barrier
- * sees numbers that are not there yet; shared memory given at the launch is NaN at first. The blocks of a launch run side by
- * side on all processor threads, in no order.
+ * sees numbers that are not there yet; shared memory given at the launch is NaN at first. The blocks of a large launch run side
+ * by side on all processor threads, in no order.
  *
  * What a GPU would not tell ends the program, with exit 1 and one line: threads of a warp, or warps of a block, that wait at
  * different places, or not at all. Built with AddressSanitizer (SANITIZE=yes) a block's shared memory and the device's memory
