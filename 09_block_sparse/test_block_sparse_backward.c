@@ -169,6 +169,27 @@ Test(gradients, of_a_bias_of_minus_infinity)
         }
 }
 
+/* Shared by all queries, by all keys, and by all pairs: sums over blocks of every kind. */
+Test(gradients, of_a_bias_that_many_pairs_share)
+{
+    static const size_t strides[][2] = {{0, 1}, {1, 0}, {0, 0}};
+    float bias[90];
+    for (int i = 0; i < 90; i++)
+        bias[i] = 0.1f * (float)(i % 7);
+    for (int kernel = 0; kernel < kernels_here(); kernel++)
+        for (int n = 0; n < 3; n++) {
+            Inputs p = set_up_grouped(shape_of("window:40", 70, 90, 16), 2, 4, 2, 8);
+            p.s.bias = bias;
+            p.s.bias_stride[2] = strides[n][0];
+            p.s.bias_stride[3] = strides[n][1];
+            differentiate(&p, kernel, NULL);
+            double error = gradient_error(&p, attends);
+            cr_expect(error <= 1e-5, "%s, strides %zu and %zu: off by %g", names[kernel], strides[n][0],
+                      strides[n][1], error);
+            tear_down(&p);
+        }
+}
+
 /* 0 times NaN is NaN: a product over a whole partial block would let in what its mask forbids. */
 Test(gradients, forbidden_pairs_of_a_partial_block_stay_out)
 {
