@@ -16,10 +16,7 @@
 
 __thread SimtThread simt_thread;
 
-static const unsigned WARP = 32, MOST_THREADS = 1024, MOST_WARPS = MOST_THREADS / WARP, GIVEN = 32,
-                      SIDE_BY_SIDE =
-                          1
-                          << 15; /* fewer threads than that are not worth the start of another processor's */
+static const unsigned WARP = 32, MOST_THREADS = 1024, MOST_WARPS = MOST_THREADS / WARP, GIVEN = 32;
 #ifdef SIMT_ONE_BY_ONE
 enum { STACK = 1 << 18 }; /* AddressSanitizer puts space between variables */
 #else
@@ -270,7 +267,7 @@ void simt_run(const char *kernel, dim3 grid, dim3 size, size_t shared_bytes, voi
     if (!seed)
         simt_set_seed(getenv("SIMT_SEED") ? strtoull(getenv("SIMT_SEED"), nullptr, 10) : 0);
 
-        /* A small launch is not worth the start of another processor's threads. */
+    /* A small launch is not worth the start of another processor's threads. */
 #ifndef SIMT_ONE_BY_ONE
 #pragma omp parallel if (blocks * threads >= 1 << 15)
 #endif
