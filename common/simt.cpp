@@ -267,7 +267,7 @@ void simt_run(const char *kernel, dim3 grid, dim3 size, size_t shared_bytes, voi
     if (!seed)
         simt_set_seed(getenv("SIMT_SEED") ? strtoull(getenv("SIMT_SEED"), nullptr, 10) : 0);
 
-    /* A small launch is not worth the start of another processor's threads. */
+        /* A small launch is not worth the start of another processor's threads. */
 #ifndef SIMT_ONE_BY_ONE
 #pragma omp parallel if (blocks * threads >= 1 << 15)
 #endif
