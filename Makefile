@@ -108,7 +108,7 @@ $(BUILD)/common/test: $(call objects,$(filter-out common/test_chapter.c,$(wildca
                       $(if $(SIMT_CXX),$(BUILD)/common/test_simt.simt.o) $(COMMON_LIBRARY)
 	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS) -lcriterion
 
-.PHONY: all tests test demo figures tables peers fuzz setup clean format
+.PHONY: all tests test demo figures tables gpu peers fuzz setup clean format
 all: $(PROGRAMS)
 tests: $(PROGRAMS) $(TESTS)
 
@@ -138,6 +138,10 @@ tables: all
 	@sh common/tables.sh
 table-%: all
 	@sh common/tables.sh $*
+
+# All that wants a GPU, one step after the other; GPU=simt tries it on the stand-in.
+gpu: all
+	@sh common/gpu.sh
 
 # PyTorch's own bars beside ours, where a Python with PyTorch is at hand.
 PYTHON ?= python3

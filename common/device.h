@@ -25,6 +25,8 @@ typedef struct {
     void (*copy_from)(void *host, const void *device, size_t bytes);
     void (*fill_with_nan)(void *floats, size_t bytes);
     void (*finish)(void); /* waits for all that was launched */
+    /* Milliseconds that what run(context) launches takes, without its wait; its last-level cache is emptied before. */
+    double (*time_ms)(void (*run)(void *context), void *context);
     /* GFLOP/s of its vendor's own product of float32 matrices; 0: nothing to compare with */
     double (*peak_gflops)(double ms);
 } Accelerator;

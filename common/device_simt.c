@@ -36,6 +36,13 @@ static void finish(void)
 {
 }
 
+static double time_ms(void (*run)(void *context), void *context)
+{
+    double start = now();
+    run(context);
+    return 1e3 * (now() - start);
+}
+
 static double peak_gflops(double ms)
 {
     (void)ms;
@@ -53,5 +60,6 @@ const Accelerator accelerator_simt = {
     .copy_from = copy,
     .fill_with_nan = fill_with_nan,
     .finish = finish,
+    .time_ms = time_ms,
     .peak_gflops = peak_gflops,
 };

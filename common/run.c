@@ -233,11 +233,10 @@ void close_run(Run *run)
     run->owned_count = run->parameters.count = 0;
 }
 
-void forward_run(Run *run)
+static void launch_forward(Run *run)
 {
     if (run->device) {
         run->kernel->forward(&run->on_device, &run->device_shape);
-        run->device->finish();
         return;
     }
     run->dropout_stream = run->after_inputs;
@@ -245,14 +244,35 @@ void forward_run(Run *run)
     run->kernel->forward(&run->t, &run->problem.shape);
 }
 
+static void launch_backward(Run *run)
+{
+    if (run->device)
+        run->kernel->backward(&run->on_device, &run->device_shape);
+    else
+        run->kernel->backward(&run->t, &run->problem.shape);
+}
+
+void launch_run(void *context)
+{
+    Run *run = context;
+    if (run->pass != PASS_BACKWARD)
+        launch_forward(run);
+    if (run->pass != PASS_FORWARD)
+        launch_backward(run);
+}
+
+void forward_run(Run *run)
+{
+    launch_forward(run);
+    if (run->device)
+        run->device->finish();
+}
+
 void backward_run(Run *run)
 {
-    if (run->device) {
-        run->kernel->backward(&run->on_device, &run->device_shape);
+    launch_backward(run);
+    if (run->device)
         run->device->finish();
-        return;
-    }
-    run->kernel->backward(&run->t, &run->problem.shape);
 }
 
 /* ---- Counting ---- */

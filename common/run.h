@@ -67,6 +67,9 @@ void forward_run(Run *run);
 /* The backward pass behind it: every gradient, from what forward left. */
 void backward_run(Run *run);
 
+/* The passes of run->pass, one behind the other; on a device launched, and not waited for. context: a Run. */
+void launch_run(void *context);
+
 /* The same tensors in the device's memory (run_on_device.c): allocated and filled from t once open_run() has drawn
  * or read them; outputs and workspace, or gradients and theirs, made NaN; those fetched into t; all freed. */
 void open_on_device(Run *run);

@@ -267,9 +267,10 @@ void simt_run(const char *kernel, dim3 grid, dim3 size, size_t shared_bytes, voi
     if (!seed)
         simt_set_seed(getenv("SIMT_SEED") ? strtoull(getenv("SIMT_SEED"), nullptr, 10) : 0);
 
-        /* A small launch is not worth the start of another processor's threads. */
+    /* A small launch is not worth the start of another processor's threads. */
+    [[maybe_unused]] bool side_by_side = blocks * threads >= 1 << 15;
 #ifndef SIMT_ONE_BY_ONE
-#pragma omp parallel if (blocks * threads >= 1 << 15)
+#pragma omp parallel if (side_by_side)
 #endif
     {
         open_block(kernel, size, shared_bytes, body, context);

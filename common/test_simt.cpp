@@ -1,6 +1,14 @@
 #include "test_simt.h"
 #include "cuda_thread.h"
 
+#ifdef SIMT_ONE_BY_ONE
+/* What ends in the middle leaves memory behind: that is not what is tested. */
+extern "C" int __lsan_is_turned_off(void)
+{
+    return 1;
+}
+#endif
+
 void simt_test_seed(uint64_t seed)
 {
     simt_set_seed(seed);
@@ -191,10 +199,11 @@ void past_dynamic_shared(void)
 __global__ static void past_static_kernel(float *out, int count)
 {
     __shared__ float shared[32];
+    const float *all = shared; /* or UBSan speaks first */
     shared[threadIdx.x] = 1;
     __syncthreads();
     if (blockIdx.x == 1)
-        out[threadIdx.x] = shared[(int)threadIdx.x + count - 31];
+        out[threadIdx.x] = all[(int)threadIdx.x + count - 31];
 }
 
 void past_static_shared(void)

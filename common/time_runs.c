@@ -11,6 +11,18 @@ static double peak_gflops(const Run *run, int threads, double ms)
     return run->device ? run->device->peak_gflops(ms) : peak_burst_gflops(threads, ms);
 }
 
+static double seconds_of(Run *run)
+{
+    if (run->device) {
+        double seconds = 1e-3 * run->device->time_ms(launch_run, run);
+        run->device->finish(); /* what went wrong is told here */
+        return seconds;
+    }
+    double start = now();
+    launch_run(run);
+    return now() - start;
+}
+
 void time_runs(BenchmarkRow *row, Run *const *runs, int count, const Chapter *chapter, int repeat,
                int threads)
 {
@@ -29,12 +41,7 @@ void time_runs(BenchmarkRow *row, Run *const *runs, int count, const Chapter *ch
             if (pass == PASS_BACKWARD)
                 forward_run(runs[i]); /* backward may use up what forward left */
             double before = peak_gflops(runs[i], threads, burst_ms);
-            double start = now();
-            if (pass != PASS_BACKWARD)
-                forward_run(runs[i]);
-            if (pass != PASS_FORWARD)
-                backward_run(runs[i]);
-            double seconds = now() - start;
+            double seconds = seconds_of(runs[i]);
             double after = peak_gflops(runs[i], threads, burst_ms);
             if (round < 0)
                 continue;
