@@ -312,6 +312,9 @@ static const ChapterMode modes[] = {
 };
 
 DECLARE_DEVICE_KERNELS(flash_tiled);
+DECLARE_DEVICE_KERNELS(rows);
+DECLARE_DEVICE_KERNELS(shared);
+DECLARE_DEVICE_KERNELS(registers);
 
 const Chapter chapter = {
     .number = 7,
@@ -320,7 +323,13 @@ const Chapter chapter = {
     .kernels = kernels,
     .story = tell_flash_tiled,
     .modes = modes,
-    .device_kernels = {DEVICE_KERNELS(flash_tiled, "tiled")},
+    .device_kernels =
+        {
+            DEVICE_KERNELS(flash_tiled, "tiled"),
+            DEVICE_KERNELS(rows, "rows"),
+            DEVICE_KERNELS(shared, "shared"),
+            DEVICE_KERNELS(registers, "registers"),
+        },
 };
 
 int main(int argc, char **argv)

@@ -45,7 +45,7 @@ typedef struct {
 #define CUDA_TABLE(file) NULL
 #endif
 
-enum { MAX_DEVICE_FILES = 6, MAX_DEVICE_ROWS = 24 };
+enum { MAX_DEVICE_FILES = 10, MAX_DEVICE_ROWS = 24 };
 
 typedef struct {
     int number;

@@ -3,6 +3,7 @@
  *   LAUNCH(kernel, grid, block, shared_bytes, arguments..)   blocks of threads; an error ends the program with exit 3
  *   DYNAMIC_SHARED(type, name);                              the block's shared_bytes, as an array
  *   check_cuda(call)                                         the same for a call of the CUDA runtime; nvcc only
+ *   UNROLL for (..)                                          written out turn by turn, so that an array can be registers
  */
 #ifndef COMMON_CUDA_THREAD_H
 #define COMMON_CUDA_THREAD_H
@@ -13,6 +14,7 @@
 #define LAUNCH(kernel, grid, block, shared_bytes, ...)                                                       \
     simt_launch(#kernel, grid, block, shared_bytes, kernel, __VA_ARGS__)
 #define DYNAMIC_SHARED(type, name) type *name = (type *)simt_shared()
+#define UNROLL
 
 #else
 #include "error.h"
@@ -32,6 +34,7 @@ static inline void check_cuda_status(cudaError_t status, const char *call, const
         check_cuda_status(cudaGetLastError(), "launch of " #kernel, __FILE__, __LINE__);                     \
     } while (0)
 #define DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+#define UNROLL _Pragma("unroll")
 #endif
 
 #endif
