@@ -315,6 +315,7 @@ DECLARE_DEVICE_KERNELS(flash_tiled);
 DECLARE_DEVICE_KERNELS(rows);
 DECLARE_DEVICE_KERNELS(shared);
 DECLARE_DEVICE_KERNELS(registers);
+DECLARE_DEVICE_KERNELS(async);
 
 const Chapter chapter = {
     .number = 7,
@@ -329,6 +330,7 @@ const Chapter chapter = {
             DEVICE_KERNELS(rows, "rows"),
             DEVICE_KERNELS(shared, "shared"),
             DEVICE_KERNELS(registers, "registers"),
+            DEVICE_KERNELS(async, "async"),
         },
 };
 

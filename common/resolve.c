@@ -208,8 +208,12 @@ static void find_reason(Problem *p, const Kernel *kernel, const Options *o)
         reason = "has no --tile to choose";
     else if (o->block && !kernel->blocked)
         reason = "has no --block to choose";
-    else if (kernel->refuses)
-        reason = kernel->refuses(s);
+    else if (kernel->refuses) {
+        static const float some; /* not read or drawn yet */
+        AttentionShape asked = *s;
+        asked.bias = o->bias_randn || o->bias.data ? &some : NULL;
+        reason = kernel->refuses(&asked);
+    }
     snprintf(p->reason, sizeof p->reason, "%s", reason ? reason : "");
 }
 

@@ -14,6 +14,9 @@ enum { SIDE = 16, THREADS = SIDE * SIDE, PAD = 4, MOST_HEAD_SIZE = 256 };
 
 static const float LOG2_E = 1.44269504f, LN_2 = 0.693147181f; /* exp(x) is exp2(x * LOG2_E), and cheaper so */
 
+/* How many blocks are to fit on a multiprocessor: two leave each thread 128 of its 65536 registers. */
+template <int D> constexpr int BLOCKS = D <= 128 ? 2 : 1;
+
 /* Loaded and stored by one instruction. */
 struct alignas(16) Four {
     float at[4];
@@ -110,8 +113,9 @@ __device__ static void store_rows(float *to, const float (&o)[R][D / SIDE], cons
 }
 
 template <int D, int R, int C>
-__global__ static void registers_kernel(float *out, float *lse, const float *q, const float *k,
-                                        const float *v, AttentionShape shape, int row_tiles, size_t tiles)
+__global__ static void __launch_bounds__(THREADS, BLOCKS<D>)
+    registers_kernel(float *out, float *lse, const float *q, const float *k, const float *v,
+                     AttentionShape shape, int row_tiles, size_t tiles)
 {
     DYNAMIC_SHARED(Four, shared);
     const int Br = R * SIDE, Bc = C * SIDE;
@@ -203,8 +207,8 @@ __global__ static void delta_kernel(float *delta, AttentionBackward g, int HS, s
 
 /* Queries outside, keys inside: dq. */
 template <int D, int R, int C>
-__global__ static void query_kernel(AttentionBackward g, const float *delta, AttentionShape shape,
-                                    int row_tiles, size_t tiles)
+__global__ static void __launch_bounds__(THREADS)
+    query_kernel(AttentionBackward g, const float *delta, AttentionShape shape, int row_tiles, size_t tiles)
 {
     DYNAMIC_SHARED(Four, shared);
     const int Br = R * SIDE, Bc = C * SIDE;
@@ -254,8 +258,8 @@ __global__ static void query_kernel(AttentionBackward g, const float *delta, Att
 
 /* Keys outside, queries inside: dk and dv. Here a row of a thread's tile is a key, a column a query. */
 template <int D, int R, int C>
-__global__ static void key_kernel(AttentionBackward g, const float *delta, AttentionShape shape,
-                                  int key_tiles, size_t tiles)
+__global__ static void __launch_bounds__(THREADS)
+    key_kernel(AttentionBackward g, const float *delta, AttentionShape shape, int key_tiles, size_t tiles)
 {
     DYNAMIC_SHARED(Four, shared);
     const int Br = C * SIDE, Bc = R * SIDE;
