@@ -15,7 +15,7 @@
 #   <!--at FILE "TEXT"-->[FILE:1](FILE#L1)    the link is set to the first line of FILE that holds TEXT
 set -u
 status=0
-for readme in README.md 0*/README.md; do
+for readme in README.md 0*/README.md 0*/cuda/README.md; do
     [ -f "$readme" ] || continue
     new=$(mktemp) || exit 1
     if ! awk -v folder="$(dirname "$readme")" -v readme="$readme" -f common/readme.awk "$readme" > "$new"; then
