@@ -22,8 +22,7 @@ template <int D, int Bc>
 __global__ static void shared_kernel(float *out, float *lse, const float *q, const float *k, const float *v,
                                      AttentionShape shape, int row_tiles, size_t tiles)
 {
-    __shared__ float k_tile[Bc][D],
-        v_tile[Bc][D]; /* all lanes read one number at a time: no two banks collide */
+    __shared__ float k_tile[Bc][D], v_tile[Bc][D]; /* all lanes read one number: no two banks collide */
     const AttentionShape *s = &shape;
     int HS = s->head_size;
     float scale = s->scale * LOG2_E;
