@@ -89,6 +89,7 @@ typedef struct Kernel {
     int (*workspace)(const AttentionShape *s, size_t floats[MAX_BUFFERS]);
     WeightsKept weights;
     DropoutKind dropout;
+    bool bf16;                /* --dtype bf16: on the device q, k, v, out, dout and their gradients are bf16 */
     bool grouped;             /* takes NKV < NH */
     bool tiled;               /* --tile concerns it */
     bool blocked;             /* --block concerns it */
