@@ -8,7 +8,7 @@ enum { M = 2, WARPS = 4, Br = 16 * M * WARPS };
 template <int D> constexpr int Bc = D == 64 ? 128 : 64;
 
 /* Forbidden pairs become -inf; a bias is added, in the powers of two that exp2 takes. */
-template <int N>
+template <int N, bool PLAIN>
 __device__ static void change_scores(float (&S)[M][N / 8][4], const AttentionShape *s, int b, int h,
                                      int first, int from, bool whole, bool folded)
 {
@@ -17,14 +17,16 @@ __device__ static void change_scores(float (&S)[M][N / 8][4], const AttentionSha
         UNROLL for (int i = 0; i < 4; i++)
     {
         int t = first + 16 * m + g + i / 2 * 8, t2 = from + 8 * n + 2 * t4 + i % 2;
-        if (!whole && (t >= s->tokens || t2 >= s->key_tokens || !attends(s, b, h, t, t2)))
+        bool outside = t2 >= s->key_tokens || (PLAIN && s->causal && t2 > t + s->key_tokens - s->tokens);
+        if (!whole && (outside || (!PLAIN && (t >= s->tokens || !attends(s, b, h, t, t2)))))
             S[m][n][i] = -INFINITY;
-        else if (!folded)
+        else if (!PLAIN && !folded)
             S[m][n][i] = LOG2_E * (s->scale * S[m][n][i] + (t < s->tokens ? bias_at(s, b, h, t, t2) : 0));
     }
 }
 
-template <int D>
+/* PLAIN: causal or not, nothing else to ask or to add. What is left out here would take registers. */
+template <int D, bool PLAIN>
 __global__ static void __launch_bounds__(WARPS *WARP, 2)
     pipelined_kernel(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, AttentionShape shape)
 {
@@ -41,7 +43,7 @@ __global__ static void __launch_bounds__(WARPS *WARP, 2)
     const bf16 *k_bh = k + key_row(s, b, h, 0), *v_bh = v + key_row(s, b, h, 0);
 
     /* The largest of the raw scores is the largest score, where the scale is above 0 and nothing is added. */
-    bool folded = s->scale > 0 && !s->bias;
+    bool folded = PLAIN || (s->scale > 0 && !s->bias);
     float factor = folded ? s->scale * LOG2_E : 1, one_over_kept = 1 / (1 - s->dropout);
 
     fetch_rows<Br, D>(q_tile, q + query_row(s, b, h, first), past - first, HS);
@@ -66,7 +68,7 @@ __global__ static void __launch_bounds__(WARPS *WARP, 2)
         multiply_rows<M, N, D>(S, q_tile, warp * 16 * M, k_tiles + tile * N * D);
         bool whole = attends_to_tile(s, b, mine, from + N);
         if (!whole || !folded)
-            change_scores<N>(S, s, b, h, mine, from, whole, folded);
+            change_scores<N, PLAIN>(S, s, b, h, mine, from, whole, folded);
 
         UNROLL for (int j = 0; j < M; j++) UNROLL for (int r = 0; r < 2; r++)
         {
@@ -88,7 +90,7 @@ __global__ static void __launch_bounds__(WARPS *WARP, 2)
         }
 
         /* Dropout zeroes weights after the softmax: the sum counts every key. */
-        if (s->dropout > 0)
+        if (!PLAIN && s->dropout > 0)
             UNROLL for (int j = 0; j < M; j++) UNROLL for (int n = 0; n < N / 8; n++)
                 UNROLL for (int i = 0; i < 4; i++)
             {
@@ -114,13 +116,21 @@ __global__ static void __launch_bounds__(WARPS *WARP, 2)
 
 /* ---- The table ---- */
 
-template <int D> static void launch(const Tensors *t, const AttentionShape *s)
+template <int D, bool PLAIN> static void launch_as(const Tensors *t, const AttentionShape *s)
 {
     size_t tiles = (size_t)s->batch * s->heads * ((s->tokens + Br - 1) / Br);
     size_t bytes = sizeof(bf16) * D * (Br + 4 * Bc<D>);
-    ALLOW_SHARED(pipelined_kernel<D>, bytes);
-    LAUNCH(pipelined_kernel<D>, (unsigned)tiles, WARPS * WARP, bytes, (bf16 *)t->out, t->lse,
+    ALLOW_SHARED((pipelined_kernel<D, PLAIN>), bytes);
+    LAUNCH((pipelined_kernel<D, PLAIN>), (unsigned)tiles, WARPS * WARP, bytes, (bf16 *)t->out, t->lse,
            (const bf16 *)t->q, (const bf16 *)t->k, (const bf16 *)t->v, *s);
+}
+
+template <int D> static void launch(const Tensors *t, const AttentionShape *s)
+{
+    AttentionShape plain = *s;
+    plain.causal = s->causal || s->mask.kind == MASK_CAUSAL;
+    bool is_plain = s->mask.kind <= MASK_CAUSAL && !s->lengths && !s->bias && s->dropout == 0 && s->scale > 0;
+    is_plain ? launch_as<D, true>(t, &plain) : launch_as<D, false>(t, s);
 }
 
 static void forward_pipelined(const Tensors *t, const AttentionShape *s)

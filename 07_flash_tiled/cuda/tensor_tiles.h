@@ -34,17 +34,16 @@ __device__ static void multiply_rows(float (&s)[M][N / 8][4], const bf16 *a, int
 {
     int lane = threadIdx.x % WARP;
     uint32_t left[M][4], right[2][4];
-    const int steps = D / 16 * (N / 16);
     int b_row = (lane & 7) + 8 * (lane >> 4), b_chunk = lane >> 3 & 1;
     load_matrix_4(right[0], place<D>(b, b_row, b_chunk));
-    UNROLL for (int i = 0; i < steps; i++)
+    UNROLL for (int k = 0; k < D / 16; k++) UNROLL for (int n = 0; n < N / 16; n++)
     {
-        int k = i / (N / 16), n = i % (N / 16), next_k = (i + 1) / (N / 16), next_n = (i + 1) % (N / 16);
+        int i = k * (N / 16) + n, next_k = (i + 1) / (N / 16), next_n = (i + 1) % (N / 16);
         if (n == 0) {
             UNROLL for (int m = 0; m < M; m++)
                 load_matrix_4(left[m], place<D>(a, first + 16 * m + (lane & 15), 2 * k + (lane >> 4)));
         }
-        if (i + 1 < steps)
+        if (i + 1 < D / 16 * (N / 16))
             load_matrix_4(right[(i + 1) % 2], place<D>(b, 16 * next_n + b_row, 2 * next_k + b_chunk));
         UNROLL for (int m = 0; m < M; m++)
         {
@@ -60,16 +59,15 @@ __device__ static void multiply_add(float (&o)[M][D / 8][4], const float (&p)[M]
 {
     int lane = threadIdx.x % WARP, v_row = lane & 15, v_chunk = lane >> 4;
     uint32_t left[M][4], right[2][4];
-    const int steps = N / 16 * (D / 16);
     load_matrix_4_transposed(right[0], place<D>(v, v_row, v_chunk));
-    UNROLL for (int i = 0; i < steps; i++)
+    UNROLL for (int k = 0; k < N / 16; k++) UNROLL for (int n = 0; n < D / 16; n++)
     {
-        int k = i / (D / 16), n = i % (D / 16), next_k = (i + 1) / (D / 16), next_n = (i + 1) % (D / 16);
+        int i = k * (D / 16) + n, next_k = (i + 1) / (D / 16), next_n = (i + 1) % (D / 16);
         if (n == 0) {
             UNROLL for (int m = 0; m < M; m++) UNROLL for (int r = 0; r < 4; r++) left[m][r] =
                 pack_bf16(p[m][2 * k + r / 2][r % 2 * 2], p[m][2 * k + r / 2][r % 2 * 2 + 1]);
         }
-        if (i + 1 < steps)
+        if (i + 1 < D / 16 * (N / 16))
             load_matrix_4_transposed(right[(i + 1) % 2],
                                      place<D>(v, 16 * next_k + v_row, 2 * next_n + v_chunk));
         UNROLL for (int m = 0; m < M; m++)
