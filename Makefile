@@ -87,7 +87,7 @@ $(COMMON_LIBRARY): $(call objects,$(COMMON_SOURCES)) $(COMMON_DEVICES)
 # chapter_rules(folder)
 define chapter_rules
 ALGORITHMS_$(1) := $$(filter-out $(1)/main.c $(1)/test_% $(1)/fuzz_%,$$(wildcard $(1)/*.c)) $$(BORROWS_$(1))
-DEVICES_$(1)    := $$(call devices,$$(wildcard $(1)/*.cu))
+DEVICES_$(1)    := $$(call devices,$$(wildcard $(1)/*.cu $(1)/cuda/*.cu))
 TESTS_$(1)      := $$(wildcard $(1)/test_*.c)
 $$(BUILD)/$(1)/run: $$(call objects,$(1)/main.c $$(ALGORITHMS_$(1))) $$(DEVICES_$(1)) $$(COMMON_LIBRARY)
 	$$(CC) $$(CFLAGS) $$(LDFLAGS) -o $$@ $$^ $$(LDLIBS)

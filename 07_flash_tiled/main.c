@@ -312,6 +312,8 @@ static const ChapterMode modes[] = {
 };
 
 DECLARE_DEVICE_KERNELS(flash_tiled);
+DECLARE_DEVICE_KERNELS(mma);
+DECLARE_DEVICE_KERNELS(pipelined);
 
 const Chapter chapter = {
     .number = 7,
@@ -320,7 +322,8 @@ const Chapter chapter = {
     .kernels = kernels,
     .story = tell_flash_tiled,
     .modes = modes,
-    .device_kernels = {DEVICE_KERNELS(flash_tiled, "tiled")},
+    .device_kernels = {DEVICE_KERNELS(flash_tiled, "tiled"), DEVICE_KERNELS(mma, "mma"),
+                       DEVICE_KERNELS(pipelined, "pipelined")},
 };
 
 int main(int argc, char **argv)

@@ -5,7 +5,8 @@
 
 enum { M = 2, WARPS = 4, Br = 16 * M * WARPS };
 
-template <int D> constexpr int Bc = D == 64 ? 128 : 64;
+/* PLAIN: causal or not, nothing else to ask or to add. The rest takes registers, and its tiles are half as wide. */
+template <int D, bool PLAIN> constexpr int Bc = (D == 64 ? 128 : 64) / (PLAIN ? 1 : 2);
 
 /* Forbidden pairs become -inf; a bias is added, in the powers of two that exp2 takes. */
 template <int N, bool PLAIN>
@@ -25,13 +26,12 @@ __device__ static void change_scores(float (&S)[M][N / 8][4], const AttentionSha
     }
 }
 
-/* PLAIN: causal or not, nothing else to ask or to add. What is left out here would take registers. */
 template <int D, bool PLAIN>
 __global__ static void __launch_bounds__(WARPS *WARP, 2)
     pipelined_kernel(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, AttentionShape shape)
 {
     DYNAMIC_SHARED(uint4, shared);
-    const int N = Bc<D>;
+    const int N = Bc<D, PLAIN>;
     const AttentionShape *s = &shape;
     bf16 *q_tile = (bf16 *)shared, *k_tiles = q_tile + Br * D, *v_tiles = k_tiles + 2 * N * D;
     int HS = s->head_size, warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t4 = threadIdx.x % 4;
@@ -119,7 +119,7 @@ __global__ static void __launch_bounds__(WARPS *WARP, 2)
 template <int D, bool PLAIN> static void launch_as(const Tensors *t, const AttentionShape *s)
 {
     size_t tiles = (size_t)s->batch * s->heads * ((s->tokens + Br - 1) / Br);
-    size_t bytes = sizeof(bf16) * D * (Br + 4 * Bc<D>);
+    size_t bytes = sizeof(bf16) * D * (Br + 4 * Bc<D, PLAIN>);
     ALLOW_SHARED((pipelined_kernel<D, PLAIN>), bytes);
     LAUNCH((pipelined_kernel<D, PLAIN>), (unsigned)tiles, WARPS * WARP, bytes, (bf16 *)t->out, t->lse,
            (const bf16 *)t->q, (const bf16 *)t->k, (const bf16 *)t->v, *s);
