@@ -2,6 +2,7 @@
  * them. The shapes are in self_attention.h, and the pointers are the device's. */
 #include "kernel.h"
 #include "philox.h"
+#include "cuda_broadcast.h"
 #include "cuda_linear.h"
 
 /* ---- One token, in three steps: one warp. ---- */
@@ -188,50 +189,6 @@ __global__ static void softmax_backward_kernel(float *dscores, const float *weig
     }
 }
 
-/* Along each axis: elements of the bias, and how many places share one. */
-typedef struct {
-    int own[4], shared[4];
-    size_t elements;
-} Broadcast;
-
-static Broadcast broadcast_of(const AttentionShape *s)
-{
-    const int size[4] = {s->batch, s->heads, s->tokens, s->key_tokens};
-    Broadcast axes;
-    axes.elements = 1;
-    for (int axis = 0; axis < 4; axis++) {
-        axes.own[axis] = s->bias_stride[axis] ? size[axis] : 1;
-        axes.shared[axis] = s->bias_stride[axis] ? 1 : size[axis];
-        axes.elements *= axes.own[axis];
-    }
-    return axes;
-}
-
-/* The bias is added to the scores, so its gradient is theirs. An element that was broadcast along an axis stood in many
- * places, and is given the sum: a warp to each element, its lanes take the places in turn. */
-__global__ static void bias_backward_kernel(float *dbias, const float *dscores, AttentionShape shape,
-                                            Broadcast axes)
-{
-    const AttentionShape *s = &shape;
-    const int *own = axes.own, *shared = axes.shared;
-    size_t places = (size_t)shared[0] * shared[1] * shared[2] * shared[3];
-    for (size_t i = FIRST_ROW; i < axes.elements; i += NEXT_ROW) {
-        size_t t2 = i % own[3], t = i / own[3] % own[2], h = i / own[3] / own[2] % own[1];
-        size_t b = i / own[3] / own[2] / own[1];
-        float sum = 0;
-        for (size_t n = threadIdx.x % WARP; n < places; n += WARP) {
-            size_t n2 = n % shared[3], nt = n / shared[3] % shared[2],
-                   nh = n / shared[3] / shared[2] % shared[1];
-            size_t nb = n / shared[3] / shared[2] / shared[1];
-            size_t row = lse_index(s, (int)(b + nb), (int)(h + nh), (int)(t + nt));
-            sum += dscores[row * s->key_tokens + t2 + n2];
-        }
-        sum = warp_sum(sum);
-        if (threadIdx.x % WARP == 0)
-            dbias[i] = sum;
-    }
-}
-
 static void attention_sdpa_backward(float *dq, float *dk, float *dv, float *dbias, float *dscores,
                                     const float *dout, const float *weights, const float *softmax,
                                     const float *q, const float *k, const float *v, const AttentionShape *s)
@@ -248,11 +205,8 @@ static void attention_sdpa_backward(float *dq, float *dk, float *dv, float *dbia
     /* From the gradient of the weights to that of the scores, in place. */
     LAUNCH(softmax_backward_kernel, blocks_for(lse_count(s)), MOST_WARPS * WARP, 0, dscores, weights, softmax,
            TK, s->dropout, lse_count(s));
-    if (dbias) {
-        Broadcast axes = broadcast_of(s);
-        LAUNCH(bias_backward_kernel, blocks_for(axes.elements), MOST_WARPS * WARP, 0, dbias, dscores, *s,
-               axes);
-    }
+    if (dbias) /* the bias is added to the scores, so its gradient is theirs */
+        device_bias_gradient(dbias, dscores, s);
 
     /* scores = scale * Q K^T:  dq (B,NH,T,HS) = scale * dscores K,  dk (B,NH,TK,HS) = scale * dscores^T Q */
     device_matmul_strided_batch('N', 'N', T, HS, TK, s->scale, dscores, TK, weights_size, k, HS, key_size, 0,

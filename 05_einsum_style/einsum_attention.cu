@@ -25,7 +25,8 @@ typedef struct {
     Letter letter[EINSUM_MAX_LETTERS]; /* outer ones first; the last of either runs fastest */
 } Loops;
 
-__device__ static void step(size_t at[3], const Letter *letter, int letters, size_t i)
+/* Moves to the i-th setting of the letters, the last one running fastest. */
+HOST_DEVICE static void step(size_t at[3], const Letter *letter, int letters, size_t i)
 {
     for (int l = letters - 1; l >= 0; l--) {
         for (int x = 0; x < 3; x++)
@@ -109,14 +110,9 @@ static void run_product(const EinsumProduct *p, float *out, const float *a, cons
 
     for (size_t call = 0; call < calls; call++)
         for (size_t term = 0; term < terms; term++) {
-            size_t at[3] = {0, 0, 0}, i = call;
-            for (int l = letters - 1; l >= 0; i /= around[l].size, l--)
-                for (int x = 0; x < 3; x++)
-                    at[x] += i % around[l].size * around[l].stride[x];
-            i = term;
-            for (int l = p->agains - 1; l >= 0; i /= p->again[l].size, l--)
-                for (int x = 0; x < 3; x++)
-                    at[x] += i % p->again[l].size * p->again[l].stride[x];
+            size_t at[3] = {0, 0, 0};
+            step(at, around, letters, call);
+            step(at, p->again, p->agains, term);
             device_matmul_strided_batch(
                 p->transpose_left, p->transpose_right, (int)p->rows.size, (int)p->columns.size,
                 (int)p->summed.size, 1, operand[p->left] + at[p->left], p->ld_left, batch.stride[p->left],

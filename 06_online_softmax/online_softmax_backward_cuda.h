@@ -4,7 +4,7 @@
 #ifndef ONLINE_SOFTMAX_BACKWARD_CUDA_H
 #define ONLINE_SOFTMAX_BACKWARD_CUDA_H
 
-#include "cuda_warp.h"
+#include "cuda_broadcast.h"
 #include "kernel.h"
 #include "philox.h"
 
@@ -128,72 +128,31 @@ __global__ static void key_kernel(AttentionBackward gradients, const float *delt
     }
 }
 
-/* How the bias was broadcast: along each axis it holds `own` numbers, each shared by `shared` pairs. */
-typedef struct {
-    int own[4], shared[4];
-    size_t elements;
-} Broadcast;
-
-static Broadcast broadcast_of(const AttentionShape *s)
-{
-    const int size[4] = {s->batch, s->heads, s->tokens, s->key_tokens};
-    Broadcast axes;
-    axes.elements = 1;
-    for (int i = 0; i < 4; i++) {
-        axes.own[i] = s->bias_stride[i] ? size[i] : 1;
-        axes.shared[i] = s->bias_stride[i] ? 1 : size[i];
-        axes.elements *= axes.own[i];
-    }
-    return axes;
-}
-
-/* A number of the bias was added to one score, or to many where it was broadcast: so are the gradients, d_score(b, h, t,
- * t2) each. A thread to each number; a warp where it is shared along the keys, whose lanes divide them always in the
- * same way. */
-template <class DScore>
-__device__ static void sum_broadcast(float *dbias, const AttentionShape *s, const Broadcast &axes,
-                                     const DScore &d_score)
-{
-    const size_t *stride = s->bias_stride;
-    int lanes = axes.shared[3] > 1 ? WARP : 1, lane = threadIdx.x % lanes;
-    size_t thread = (size_t)blockIdx.x * blockDim.x + threadIdx.x, threads = (size_t)gridDim.x * blockDim.x;
-
-    for (size_t i = thread / lanes; i < axes.elements; i += threads / lanes) {
-        int k0 = (int)(i % axes.own[3]), t0 = (int)(i / axes.own[3] % axes.own[2]);
-        int h0 = (int)(i / axes.own[3] / axes.own[2] % axes.own[1]);
-        int b0 = (int)(i / axes.own[3] / axes.own[2] / axes.own[1]);
-        float sum = 0;
-        for (int b = b0; b < b0 + axes.shared[0]; b++)
-            for (int h = h0; h < h0 + axes.shared[1]; h++)
-                for (int t = t0; t < t0 + axes.shared[2]; t++) {
-                    float row_sum = 0; /* a sum of sums loses less to rounding than one long one */
-                    for (int t2 = k0 + lane; t2 < k0 + axes.shared[3]; t2 += lanes)
-                        row_sum += d_score(b, h, t, t2);
-                    sum += row_sum;
-                }
-        if (lanes > 1)
-            sum = warp_sum(sum);
-        if (lane == 0)
-            dbias[b0 * stride[0] + h0 * stride[1] + t0 * stride[2] + k0 * stride[3]] = sum;
-    }
-}
-
-struct RecomputedScore {
+/* dS computed again, pair by pair. */
+struct RecomputedScores {
     const AttentionBackward *g;
     const float *delta;
     const AttentionShape *s;
 
-    __device__ float operator()(int b, int h, int t, int t2) const
+    __device__ float operator()(const Rectangle &r) const
     {
-        Pair pair;
-        return recompute(&pair, g, delta, s, b, h, t, t2) ? pair.d_score : 0;
+        float sum = 0;
+        for (int t = r.t; t < r.t_end; t++) {
+            float row_sum = 0; /* a sum of sums loses less to rounding than one long one */
+            for (int t2 = r.t2 + r.lane; t2 < r.t2_end; t2 += r.lanes) {
+                Pair pair;
+                row_sum += recompute(&pair, g, delta, s, r.b, r.h, t, t2) ? pair.d_score : 0;
+            }
+            sum += row_sum;
+        }
+        return sum;
     }
 };
 
 __global__ static void bias_kernel(AttentionBackward gradients, const float *delta, AttentionShape shape,
                                    Broadcast axes)
 {
-    sum_broadcast(gradients.dbias, &shape, axes, RecomputedScore{&gradients, delta, &shape});
+    sum_into_bias(gradients.dbias, &shape, axes, RecomputedScores{&gradients, delta, &shape});
 }
 
 /* ---- For the table of kernels ---- */

@@ -8,6 +8,7 @@
 #include "../07_flash_tiled/flash_tiled_backward.h"
 
 #include "../06_online_softmax/online_softmax_backward_cuda.h"
+#include "../06_online_softmax/online_softmax_cuda.h"
 #if defined(SIMT) || defined(HAVE_CUBLAS)
 #include "llama_cuda.h"
 #endif
@@ -15,63 +16,9 @@
 enum {
     SHARED_FLOATS = 12288, /* 48 KiB: what every GPU gives a block without being asked */
     ROWS = 32,             /* of a block's tile, unless a group alone has more */
-    PART_KEYS = 128,       /* split keys: the least that a part has */
-    PART_ROWS = 8192,      /* split keys: so many partial rows at most, or one a row */
 };
 
-/* Some keys or values, `stride` floats from one to the next: in shared memory, or where the tensor lies. */
-typedef struct {
-    const float *row;
-    int stride;
-} Tile;
-
-/* What one query row knows of the keys it has seen: chapter 6's m, l and o. */
-typedef struct {
-    float m, l;
-    float *o; /* (HS), divided up among the lanes */
-} Row;
-
-/* Shows the keys from <= t2 < to, 32 at most, to row (b, h, t): a key to each lane, then a column to each. k and v hold
- * them from number `from` on; weights has room for 32. */
-__device__ static void meet_keys(Row *row, float *weights, const float *q, Tile k, Tile v,
-                                 const AttentionShape *s, int b, int h, int t, int from, int to)
-{
-    int HS = s->head_size, lane = threadIdx.x % WARP, t2 = from + lane;
-    float score = -INFINITY;
-    if (t2 < to && attends(s, b, h, t, t2))
-        score = s->scale * dot(q + query_row(s, b, h, t), k.row + (size_t)lane * k.stride, HS) +
-                bias_at(s, b, h, t, t2);
-    float m_new = larger(row->m, warp_largest(score));
-    if (m_new == -INFINITY)
-        return; /* nothing allowed yet, and -inf - -inf would be NaN */
-
-    float mend = expf(row->m - m_new), p = score == -INFINITY ? 0 : expf(score - m_new), kept = 1;
-    if (s->dropout > 0)
-        kept = dropout_keeps_pair(s->dropout_seed, lse_index(s, b, h, t), t2, s->dropout) / (1 - s->dropout);
-    weights[lane] = score == -INFINITY ? -INFINITY : p * kept; /* still -inf: a forbidden key */
-    row->l = mend * row->l + warp_sum(p);
-    row->m = m_new;
-    __syncwarp(); /* the other lanes' weights are there */
-
-    for (int i = lane; i < HS; i += WARP) {
-        float o = mend * row->o[i];
-        for (int j = 0; j < to - from; j++)
-            if (weights[j] != -INFINITY)
-                o += weights[j] * v.row[(size_t)j * v.stride + i];
-        row->o[i] = o;
-    }
-    __syncwarp(); /* the weights may be used again */
-}
-
-/* out is o / l; returns lse. */
-__device__ static float finish(const Row *row, int HS)
-{
-    float one_over_l = row->l == 0 ? 0 : 1 / row->l;
-    for (int i = threadIdx.x % WARP; i < HS; i += WARP)
-        row->o[i] *= one_over_l;
-    return row->m + logf(row->l);
-}
-
+/* o (HS) = 0: one warp. */
 __device__ static void clear(float *o, int HS)
 {
     for (int i = threadIdx.x % WARP; i < HS; i += WARP)
@@ -87,30 +34,6 @@ __global__ static void repeat_kv_kernel(float *repeated, const float *kv, int gr
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < count;
          i += (size_t)gridDim.x * blockDim.x)
         repeated[i] = kv[i / head / group * head + i % head];
-}
-
-/* A warp to each row, which reads its keys where they lie. */
-__global__ static void rows_kernel(float *out, float *lse, const float *q, const float *k, const float *v,
-                                   AttentionShape shape, size_t rows)
-{
-    DYNAMIC_SHARED(float, shared);
-    const AttentionShape *s = &shape;
-    int HS = s->head_size, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    for (size_t i = (size_t)blockIdx.x * warps + warp; i < rows; i += (size_t)gridDim.x * warps) {
-        int t = (int)(i % s->tokens), h = (int)(i / s->tokens % s->heads),
-            b = (int)(i / s->tokens / s->heads);
-        Row row = {-INFINITY, 0, out + i * HS};
-        clear(row.o, HS);
-        int end = keys_end(s, b, t);
-        for (int from = 0; from < end; from += WARP) {
-            Tile keys = {k + key_row(s, b, h, from), HS}, values = {v + key_row(s, b, h, from), HS};
-            meet_keys(&row, shared + warp * WARP, q, keys, values, s, b, h, t, from,
-                      smaller(from + WARP, end));
-        }
-        float row_lse = finish(&row, HS);
-        if (threadIdx.x % WARP == 0)
-            lse[i] = row_lse;
-    }
 }
 
 static size_t copies(const AttentionShape *s)
@@ -134,7 +57,7 @@ static void forward_repeat_kv(const Tensors *t, const AttentionShape *s)
     for (int i = 0; i < 2; i++)
         LAUNCH(repeat_kv_kernel, blocks_for(copies(s) / WARP + 1), MOST_WARPS * WARP, 0, repeated[i],
                original[i], s->heads / s->kv_heads, head, copies(s));
-    LAUNCH(rows_kernel, blocks_for(rows), MOST_WARPS * WARP, MOST_WARPS * WARP * sizeof(float), t->out,
+    LAUNCH(online_kernel, blocks_for(rows), MOST_WARPS * WARP, MOST_WARPS * WARP * sizeof(float), t->out,
            t->lse, t->q, repeated[0], repeated[1], with_copies(s), rows);
 }
 
@@ -233,8 +156,8 @@ __global__ static void grouped_kernel(float *out, float *lse, const float *q, co
         int end = keys_end(s, b, past - 1); /* no row sees further than the last token's */
         for (int from = 0; from < end; from += plan.Bc) {
             int to = smaller(from + plan.Bc, end);
-            Tile keys = {k + key_row(s, b, first_head, from), HS};
-            Tile values = {v + key_row(s, b, first_head, from), HS};
+            Tile keys = where_they_lie(k, s, b, first_head, from),
+                 values = where_they_lie(v, s, b, first_head, from);
             if (plan.k_stride) {
                 __syncthreads(); /* every warp is done with the tile before */
                 copy_rows(k_tile, plan.k_stride, keys.row, to - from, HS);
@@ -247,7 +170,7 @@ __global__ static void grouped_kernel(float *out, float *lse, const float *q, co
                 int h = first_head + r % plan.group, t = first + r / plan.group;
                 __syncwarp(); /* m and l are there */
                 Row row = {m[r], l[r], out + query_row(s, b, h, t)};
-                meet_keys(&row, weights, q, keys, values, s, b, h, t, from, to);
+                add_32_keys(&row, weights, q, keys, values, s, b, h, t, from, to);
                 if (lane == 0) {
                     m[r] = row.m;
                     l[r] = row.l;
@@ -258,7 +181,7 @@ __global__ static void grouped_kernel(float *out, float *lse, const float *q, co
             int h = first_head + r % plan.group, t = first + r / plan.group;
             __syncwarp();
             Row row = {m[r], l[r], out + query_row(s, b, h, t)};
-            float row_lse = finish(&row, HS);
+            float row_lse = finish_row(&row, HS);
             if (lane == 0)
                 lse[lse_index(s, b, h, t)] = row_lse;
         }
@@ -321,96 +244,6 @@ static void backward_grouped(const Tensors *t, const AttentionShape *s)
         Broadcast axes = broadcast_of(s);
         LAUNCH(bias_kernel, blocks_for(axes.elements), threads, 0, g, delta, *s, axes);
     }
-}
-
-/* ---- Few queries, many keys: the keys are cut into parts, so that there is work for all of the GPU, and each row's partial
- * results are merged as in chapter 6. ---- */
-
-static int parts_of(const AttentionShape *s)
-{
-    size_t rows = lse_count(s), most = rows < PART_ROWS ? PART_ROWS / rows : 1;
-    int parts = (s->key_tokens + PART_KEYS - 1) / PART_KEYS;
-    return most < (size_t)parts ? (int)most : parts;
-}
-
-/* A warp to one part of one row. Neighbouring warps have the heads of one group, and so read the same keys, which the first of
- * them brings into the cache. o (parts,rows,HS), m and l (parts,rows): the partial results. */
-__global__ static void part_kernel(float *o, float *m, float *l, const float *q, const float *k,
-                                   const float *v, AttentionShape shape, int parts, size_t rows)
-{
-    DYNAMIC_SHARED(float, shared);
-    const AttentionShape *s = &shape;
-    int HS = s->head_size, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    int part_keys = ((s->key_tokens + parts - 1) / parts + WARP - 1) / WARP * WARP;
-    for (size_t i = (size_t)blockIdx.x * warps + warp; i < rows * parts; i += (size_t)gridDim.x * warps) {
-        /* The head runs fastest, then the token, then the part. */
-        int h = (int)(i % s->heads), t = (int)(i / s->heads % s->tokens);
-        size_t rest = i / s->heads / s->tokens;
-        int part = (int)(rest % parts), b = (int)(rest / parts);
-        size_t partial = part * rows + lse_index(s, b, h, t);
-        Row row = {-INFINITY, 0, o + partial * HS};
-        clear(row.o, HS);
-        int end = smaller((part + 1) * part_keys, keys_end(s, b, t));
-        for (int from = part * part_keys; from < end; from += WARP) {
-            Tile keys = {k + key_row(s, b, h, from), HS}, values = {v + key_row(s, b, h, from), HS};
-            meet_keys(&row, shared + warp * WARP, q, keys, values, s, b, h, t, from,
-                      smaller(from + WARP, end));
-        }
-        if (threadIdx.x % WARP == 0) {
-            m[partial] = row.m;
-            l[partial] = row.l;
-        }
-    }
-}
-
-/* Two sums over different keys become one once both are measured from the same maximum: chapter 6. */
-__device__ static void merge_partials(Row *into, const Row *other, int HS)
-{
-    float m = larger(into->m, other->m);
-    float mend_into = into->m == m ? 1 : expf(into->m - m),
-          mend_other = other->m == m ? 1 : expf(other->m - m);
-    into->l = mend_into * into->l + mend_other * other->l;
-    for (int i = threadIdx.x % WARP; i < HS; i += WARP)
-        into->o[i] = mend_into * into->o[i] + mend_other * other->o[i];
-    into->m = m;
-}
-
-/* A warp to each row: its parts in their order, so that the bits are the same every time. */
-__global__ static void merge_kernel(float *out, float *lse, float *o, const float *m, const float *l,
-                                    int parts, int HS, size_t rows)
-{
-    int warps = blockDim.x / WARP;
-    for (size_t i = (size_t)blockIdx.x * warps + threadIdx.x / WARP; i < rows;
-         i += (size_t)gridDim.x * warps) {
-        Row row = {-INFINITY, 0, out + i * HS};
-        clear(row.o, HS);
-        for (int part = 0; part < parts; part++) {
-            size_t partial = part * rows + i;
-            Row other = {m[partial], l[partial], o + partial * HS};
-            merge_partials(&row, &other, HS);
-        }
-        float row_lse = finish(&row, HS);
-        if (threadIdx.x % WARP == 0)
-            lse[i] = row_lse;
-    }
-}
-
-/* o, m and l of every part of every row */
-static int workspace_split_keys(const AttentionShape *s, size_t floats[MAX_BUFFERS])
-{
-    floats[0] = parts_of(s) * query_count(s);
-    floats[1] = floats[2] = parts_of(s) * lse_count(s);
-    return 3;
-}
-
-static void forward_split_keys(const Tensors *t, const AttentionShape *s)
-{
-    float *o = t->workspace[0], *m = t->workspace[1], *l = t->workspace[2];
-    int parts = parts_of(s), threads = MOST_WARPS * WARP;
-    size_t rows = lse_count(s);
-    LAUNCH(part_kernel, blocks_for(rows * parts), threads, MOST_WARPS * WARP * sizeof(float), o, m, l, t->q,
-           t->k, t->v, *s, parts, rows);
-    LAUNCH(merge_kernel, blocks_for(rows), threads, 0, t->out, t->lse, o, m, l, parts, s->head_size, rows);
 }
 
 /* ---- The table: what is left out is as in main.c. ---- */

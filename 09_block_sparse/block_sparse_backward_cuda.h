@@ -5,7 +5,7 @@
 #define BLOCK_SPARSE_BACKWARD_CUDA_H
 
 #include "../07_flash_tiled/flash_tiled_backward.h" /* AttentionBackward */
-#include "bias_gradient_cuda.h"
+#include "cuda_broadcast.h"
 #include "block_strips_cuda.h"
 #include "philox.h"
 

@@ -8,7 +8,7 @@
 #include "kernel.h"
 
 #if defined(SIMT) || defined(HAVE_CUBLAS)
-#include "bias_gradient_cuda.h"
+#include "cuda_broadcast.h"
 #include "cublas.h"
 #include "cuda_warp.h"
 #include "philox.h"
@@ -91,30 +91,6 @@ __global__ static void d_scores_kernel(float *d_scores, const float *weights, co
     }
 }
 
-struct StoredScores {
-    const float *d_scores;
-    const AttentionShape *s;
-
-    __device__ float operator()(const Rectangle &r) const
-    {
-        float sum = 0;
-        for (int t = r.t; t < r.t_end; t++) {
-            const float *row = d_scores + lse_index(s, r.b, r.h, t) * s->key_tokens;
-            float row_sum = 0; /* a sum of sums loses less to rounding than one long one */
-            for (int t2 = r.t2 + r.lane; t2 < r.t2_end; t2 += r.lanes)
-                row_sum += row[t2];
-            sum += row_sum;
-        }
-        return sum;
-    }
-};
-
-__global__ static void sum_scores_into_bias(float *dbias, const float *d_scores, AttentionShape shape,
-                                            Broadcast axes)
-{
-    sum_into_bias(dbias, &shape, axes, StoredScores{d_scores, &shape});
-}
-
 /* ---- Products of whole heads ---- */
 
 enum { MASK, SOFTMAX }; /* workspace, as on the CPU */
@@ -173,10 +149,8 @@ static void backward_dense_mask(const Tensors *t, const AttentionShape *s)
                                 m.query, 0, t->dv, m.HS, m.key, m.count);
     device_matmul_strided_batch('T', 'N', m.TK, m.HS, m.rows, s->scale, dS, m.TK, m.weight, t->q, m.HS,
                                 m.query, 0, t->dk, m.HS, m.key, m.count);
-    if (s->bias) {
-        Broadcast axes = broadcast_of(s);
-        LAUNCH(sum_scores_into_bias, blocks_for(axes.elements), MOST_WARPS * WARP, 0, t->dbias, dS, *s, axes);
-    }
+    if (s->bias)
+        device_bias_gradient(t->dbias, dS, s);
 }
 #endif
 

@@ -37,9 +37,12 @@ const Kernel *kernel_named(const Chapter *chapter, const char *name)
     return kernel->name ? kernel : NULL;
 }
 
-/* The i-th kernel that only devices have, of those that this build can list; NULL behind the last. */
-static const Kernel *device_only(const Chapter *chapter, int i)
+/* The i-th kernel: the CPU's, then those that only devices have and this build can list; NULL behind the last. */
+static const Kernel *listed(const Chapter *chapter, int i)
 {
+    for (const Kernel *k = chapter->kernels; k->name; k++)
+        if (i-- == 0)
+            return k;
     for (const DeviceKernels *file = chapter->device_kernels; file->names; file++)
         for (const Kernel *k = file->simt ? file->simt : file->cuda; k && k->name; k++)
             if (!kernel_named(chapter, k->name) && i-- == 0)
@@ -55,12 +58,10 @@ static void print_help(const Chapter *chapter)
     for (const ChapterMode *mode = chapter->modes; mode && mode->word; mode++)
         printf("  ./run %-12s %s\n", mode->word, mode->what);
     printf("\nKernels:\n");
-    for (const Kernel *k = chapter->kernels; k->name; k++)
-        printf("  %-20s takes %-4s %s\n", k->name, k->takes == TAKES_X ? "x;" : "qkv;", k->what);
     const Kernel *k;
-    for (int i = 0; (k = device_only(chapter, i)); i++)
-        printf("  %-20s takes %-4s %s; --device simt or cuda\n", k->name, k->takes == TAKES_X ? "x;" : "qkv;",
-               k->what);
+    for (int i = 0; (k = listed(chapter, i)); i++)
+        printf("  %-20s takes %-4s %s%s\n", k->name, k->takes == TAKES_X ? "x;" : "qkv;", k->what,
+               kernel_named(chapter, k->name) ? "" : "; --device simt or cuda");
     printf("\nOptions:\n");
     print_options(stdout);
     printf("\nExit code: 0 all checks passed, 1 a check failed, 2 bad usage or input, 3 no such device or "
@@ -77,9 +78,12 @@ static bool has_word(const char *words, const char *name)
     return false;
 }
 
-/* "simt,cuda(no-device)" for a kernel that a .cu has, with `before` in front of it. */
-static void print_devices(const Chapter *chapter, const char *name, const char *before)
+/* "cpu,simt,cuda(no-device)": where a kernel is. */
+static void print_devices(const Chapter *chapter, const char *name)
 {
+    bool on_cpu = kernel_named(chapter, name);
+    const char *before = on_cpu ? "," : "";
+    printf("%s", on_cpu ? "cpu" : "");
     for (const DeviceKernels *file = chapter->device_kernels; file->names; file++)
         for (Device device = DEVICE_SIMT; has_word(file->names, name) && device <= DEVICE_CUDA; device++) {
             const char *missing = device_missing(device);
@@ -87,21 +91,16 @@ static void print_devices(const Chapter *chapter, const char *name, const char *
                    missing ? ")" : "");
             before = ",";
         }
-    printf("\n");
 }
 
 static void print_list(const Chapter *chapter)
 {
     const Kernel *k;
-    for (k = chapter->kernels; k->name; k++) {
-        printf("%s %s %s f32 cpu", k->name, k->takes == TAKES_X ? "x" : "qkv",
-               k->backward ? "forward,backward" : "forward");
-        print_devices(chapter, k->name, ",");
-    }
-    for (int i = 0; (k = device_only(chapter, i)); i++) {
+    for (int i = 0; (k = listed(chapter, i)); i++) {
         printf("%s %s %s f32 ", k->name, k->takes == TAKES_X ? "x" : "qkv",
                k->backward ? "forward,backward" : "forward");
-        print_devices(chapter, k->name, "");
+        print_devices(chapter, k->name);
+        printf("\n");
     }
 }
 

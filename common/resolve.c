@@ -208,12 +208,8 @@ static void find_reason(Problem *p, const Kernel *kernel, const Options *o)
         reason = "has no --tile to choose";
     else if (o->block && !kernel->blocked)
         reason = "has no --block to choose";
-    else if (kernel->refuses) {
-        static const float some; /* not read or drawn yet */
-        AttentionShape asked = *s;
-        asked.bias = o->bias_randn || o->bias.data ? &some : NULL;
-        reason = kernel->refuses(&asked);
-    }
+    else if (kernel->refuses)
+        reason = kernel->refuses(s);
     snprintf(p->reason, sizeof p->reason, "%s", reason ? reason : "");
 }
 
@@ -286,6 +282,15 @@ void resolve_problem(Problem *p, const Chapter *chapter, const Kernel *kernel, c
         .tile_columns = o->tile_columns ? o->tile_columns : 64,
         .block = o->block ? o->block : 128,
     };
+    /* A bias still to be drawn, (1,NH,T,TK), is there already: what a kernel refuses and its workspace may depend on it. */
+    static const float to_be_drawn;
+    if (!module)
+        s->bias = o->bias_randn ? &to_be_drawn : o->bias.data;
+    if (!module && o->bias_randn) {
+        s->bias_stride[1] = (size_t)s->tokens * s->key_tokens;
+        s->bias_stride[2] = s->key_tokens;
+        s->bias_stride[3] = 1;
+    }
     s->scale = o->has_scale ? o->scale : kernel->unscaled ? 1.0f : (float)(1 / sqrt(s->head_size));
     find_reason(p, kernel, o);
     if (module && kernel->own_mask != OWN_MASK_OPTION)

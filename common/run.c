@@ -135,15 +135,6 @@ Refusal open_run(Run *run, const Chapter *chapter, const Kernel *kernel, const O
         return refusal;
     }
 
-    /* A bias still to be drawn, (1,NH,T,TK), is there already: a workspace may depend on it. */
-    static const float to_be_drawn;
-    if (o->bias_randn && kernel->takes == TAKES_QKV) {
-        s->bias = &to_be_drawn;
-        s->bias_stride[1] = (size_t)s->tokens * s->key_tokens;
-        s->bias_stride[2] = s->key_tokens;
-        s->bias_stride[3] = 1;
-    }
-
     /* Count before asking: what is asked for lazily would else be missed when it is too late. */
     bool module = kernel->takes == TAKES_X;
     int buffers = kernel->workspace ? kernel->workspace(s, run->workspace_size) : 0;

@@ -105,16 +105,15 @@ HOST_DEVICE static inline bool attends_to_all(const AttentionShape *s)
     return s->mask.kind == MASK_NONE && !s->causal && !s->lengths;
 }
 
-HOST_DEVICE static inline float bias_at(const AttentionShape *s, int b, int h, int t, int t2)
-{
-    const size_t *stride = s->bias_stride;
-    return s->bias ? s->bias[b * stride[0] + h * stride[1] + t * stride[2] + t2 * stride[3]] : 0.0f;
-}
-
 /* Query (b,h,t)'s row of a bias that is there: key t2's number lies t2 * bias_stride[3] further on. */
 HOST_DEVICE static inline const float *bias_row(const AttentionShape *s, int b, int h, int t)
 {
     return s->bias + b * s->bias_stride[0] + h * s->bias_stride[1] + t * s->bias_stride[2];
+}
+
+HOST_DEVICE static inline float bias_at(const AttentionShape *s, int b, int h, int t, int t2)
+{
+    return s->bias ? bias_row(s, b, h, t)[t2 * s->bias_stride[3]] : 0.0f;
 }
 
 /* Where a row of HS numbers starts: query (b, h, t) in q or out; key (b, h, t2) in k or v, h counted over the

@@ -7,9 +7,6 @@
 #include <setjmp.h>
 #include <stdlib.h>
 #include <ucontext.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #ifdef SIMT_ONE_BY_ONE
 #include <sanitizer/common_interface_defs.h>
 #endif

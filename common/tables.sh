@@ -1,8 +1,7 @@
 #!/bin/sh
 # make tables: the tables that others have published, measured anew on this machine.   make table-NAME: one of them.
 #
-# A table is a list of steps; a step is one command of a chapter's program, whose rows go into a file of its own. A step whose
-# file is there is done, so a run that was stopped goes on where it was: type the same command. To start anew, remove build/tables.
+# A table is a list of steps (steps.sh). To start anew, remove build/tables.
 # tables.sh render: measures nothing, writes the tables of what is there.
 set -u
 build=${BUILD:-build}
@@ -19,10 +18,9 @@ for name in $wanted; do
     esac
 done
 mkdir -p "$tables" || exit 2
+. common/steps.sh
 
-# ---- The steps: TABLE/FILE, seconds that it takes at 250 GFLOP/s, chapter, options; separated by tabs ----
-
-step() { printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4"; }
+# ---- The steps: TABLE/FILE, seconds that it takes at 250 GFLOP/s, chapter, options ----
 
 # The 72 rows of the A100's table. At T = 8192 backward is both less forward, to save a third of an hour.
 steps_of_a100() {
@@ -115,10 +113,6 @@ steps_of_claims() {
 
 # ---- Walking them ----
 
-now() { date +%s; }
-terminal=no
-[ -t 1 ] && terminal=yes
-
 # column FILE NAME: a column's values
 column() { awk -F '\t' -v name="$2" 'NR == 1 { for (i = 1; i <= NF; i++) at[$i] = i; next } { print $at[name] }' "$1"; }
 
@@ -136,25 +130,9 @@ too_slow() {
     [ -n "$reason" ]
 }
 
-# walk FILE OPTIONS..: one step; leaves FILE.tsv, or FILE.refused with the reason in one line. 1 if it failed.
-walk() {
-    file=$tables/$1 program=$build/$2/run
-    shift 2
-    case $1 in --*) set -- --bench "$@" ;; esac
-    rm -f "$file.new"
-    "$program" "$@" --tsv "$file.new" > "$file.log" 2>&1
-    code=$?
-    if [ $code = 0 ] && [ -f "$file.new" ]; then
-        mv "$file.new" "$file.tsv"
-    elif [ $code = 3 ]; then
-        sed -n 's/^error: kernel [^ ]* //p' "$file.log" > "$file.refused"
-    else
-        [ $code = 130 ] || [ $code = 143 ] || { echo "error: $program $* ended with $code:"; tail -n 3 "$file.log"; } >&2
-        return 1
-    fi
-    rm -f "$file.log"
-}
+walk() { walk_rows "$@"; }
 
+folder=$tables
 list=$tables/steps
 for name in $wanted; do
     mkdir -p "$tables/$name"
@@ -162,44 +140,6 @@ for name in $wanted; do
 done | awk -F '\t' '!seen[$1]++' > "$list" # one core: 1 thread and all threads are the same
 touch "$tables/seconds" # what each step took: its name, seconds, the estimate
 
-# left: steps left, and about how many minutes, as "12 steps, about 3 minutes"
-left() {
-    awk -F '\t' '
-        FILENAME ~ /seconds$/ { took += $2; estimated += $3; done[$1] = 1; next }
-        !($1 in done) { n++; seconds += $2 }
-        END {
-            if (estimated > 20) seconds *= took / estimated
-            minutes = int(seconds / 60 + 0.9)
-            printf "%d steps, about %d minute%s", n, minutes, minutes == 1 ? "" : "s"
-        }' "$tables/seconds" "$list"
-}
-
-interrupted() {
-    [ $terminal = no ] || printf '\r\033[K'
-    echo "Stopped with $(left) left. The same command goes on from here."
-    exit 130
-}
-trap interrupted INT TERM
-
-walk_all() {
-    echo "To measure: $(left). It may be stopped (Ctrl-C) and taken up again."
-    tab=$(printf '\t')
-    while IFS=$tab read -r name seconds chapter options <&3; do
-        file=$tables/$name
-        [ -f "$file.tsv" ] || [ -f "$file.refused" ] && continue
-        [ $terminal = no ] || printf '\r\033[K%s left: %s' "$(left)" "$name"
-        began=$(now)
-        if too_slow "$name"; then
-            echo "$reason" > "$file.refused"
-        else
-            # shellcheck disable=SC2086 # options are words
-            walk "$name" "$chapter" $options || { status=1; continue; }
-        fi
-        printf '%s\t%s\t%s\n' "$name" $(($(now) - began)) "$seconds" >> "$tables/seconds"
-    done 3< "$list"
-    [ $terminal = no ] || printf '\r\033[K'
-}
-status=0
 [ $measure = no ] || walk_all
 
 # ---- The tables themselves ----

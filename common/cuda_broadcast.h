@@ -1,7 +1,7 @@
-/* The gradient of a bias on a GPU. A number of it was added to one score, or to many where it was broadcast: its
+/* The gradient of a bias on a GPU, for .cu files. A number of it was added to one score, or to many where it was broadcast: its
  * gradient is the sum of theirs. */
-#ifndef BIAS_GRADIENT_CUDA_H
-#define BIAS_GRADIENT_CUDA_H
+#ifndef COMMON_CUDA_BROADCAST_H
+#define COMMON_CUDA_BROADCAST_H
 
 #include "cuda_warp.h"
 #include "shape.h"
@@ -12,7 +12,7 @@ typedef struct {
     size_t elements;
 } Broadcast;
 
-static Broadcast broadcast_of(const AttentionShape *s)
+static inline Broadcast broadcast_of(const AttentionShape *s)
 {
     const int size[4] = {s->batch, s->heads, s->tokens, s->key_tokens};
     Broadcast axes;
@@ -53,6 +53,38 @@ __device__ static void sum_into_bias(float *dbias, const AttentionShape *s, cons
         if (lane == 0)
             dbias[b0 * stride[0] + h0 * stride[1] + t0 * stride[2] + k0 * stride[3]] = total;
     }
+}
+
+/* dS where it lies in memory, (B,NH,T,TK). */
+struct StoredScores {
+    const float *d_scores;
+    const AttentionShape *s;
+
+    __device__ float operator()(const Rectangle &r) const
+    {
+        float sum = 0;
+        for (int t = r.t; t < r.t_end; t++) {
+            const float *row = d_scores + lse_index(s, r.b, r.h, t) * s->key_tokens;
+            float row_sum = 0; /* a sum of sums loses less to rounding than one long one */
+            for (int t2 = r.t2 + r.lane; t2 < r.t2_end; t2 += r.lanes)
+                row_sum += row[t2];
+            sum += row_sum;
+        }
+        return sum;
+    }
+};
+
+[[maybe_unused]] __global__ static void sum_scores_kernel(float *dbias, const float *d_scores,
+                                                          AttentionShape shape, Broadcast axes)
+{
+    sum_into_bias(dbias, &shape, axes, StoredScores{d_scores, &shape});
+}
+
+/* dbias, as the bias lies in memory, from d_scores (B,NH,T,TK). */
+static inline void device_bias_gradient(float *dbias, const float *d_scores, const AttentionShape *s)
+{
+    Broadcast axes = broadcast_of(s);
+    LAUNCH(sum_scores_kernel, blocks_for(axes.elements), MOST_WARPS * WARP, 0, dbias, d_scores, *s, axes);
 }
 
 #endif
