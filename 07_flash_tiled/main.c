@@ -316,6 +316,8 @@ DECLARE_DEVICE_KERNELS(rows);
 DECLARE_DEVICE_KERNELS(shared);
 DECLARE_DEVICE_KERNELS(registers);
 DECLARE_DEVICE_KERNELS(async);
+DECLARE_DEVICE_KERNELS(mma);
+DECLARE_DEVICE_KERNELS(pipelined);
 
 const Chapter chapter = {
     .number = 7,
@@ -331,6 +333,8 @@ const Chapter chapter = {
             DEVICE_KERNELS(shared, "shared"),
             DEVICE_KERNELS(registers, "registers"),
             DEVICE_KERNELS(async, "async"),
+            DEVICE_KERNELS(mma, "mma"),
+            DEVICE_KERNELS(pipelined, "pipelined"),
         },
 };
 

@@ -61,7 +61,9 @@ static void print_help(const Chapter *chapter)
     const Kernel *k;
     for (int i = 0; (k = listed(chapter, i)); i++)
         printf("  %-20s takes %-4s %s%s\n", k->name, k->takes == TAKES_X ? "x;" : "qkv;", k->what,
-               kernel_named(chapter, k->name) ? "" : "; --device simt or cuda");
+               kernel_named(chapter, k->name) ? ""
+               : k->bf16                      ? "; --device simt or cuda, --dtype bf16"
+                                              : "; --device simt or cuda");
     printf("\nOptions:\n");
     print_options(stdout);
     printf("\nExit code: 0 all checks passed, 1 a check failed, 2 bad usage or input, 3 no such device or "
@@ -97,8 +99,8 @@ static void print_list(const Chapter *chapter)
 {
     const Kernel *k;
     for (int i = 0; (k = listed(chapter, i)); i++) {
-        printf("%s %s %s f32 ", k->name, k->takes == TAKES_X ? "x" : "qkv",
-               k->backward ? "forward,backward" : "forward");
+        printf("%s %s %s %s ", k->name, k->takes == TAKES_X ? "x" : "qkv",
+               k->backward ? "forward,backward" : "forward", k->bf16 ? "bf16" : "f32");
         print_devices(chapter, k->name);
         printf("\n");
     }

@@ -213,6 +213,10 @@ bool check_case(const Chapter *chapter, int i, char *text, size_t size)
         argv[argc++] = "--dout";
         argv[argc++] = "randn";
     }
+    if (kernel->bf16) {
+        argv[argc++] = "--dtype";
+        argv[argc++] = "bf16";
+    }
     if (chapter->device != DEVICE_CPU) {
         argv[argc++] = "--device";
         argv[argc++] = (char *)device_name(chapter->device);
@@ -229,12 +233,13 @@ bool check_case(const Chapter *chapter, int i, char *text, size_t size)
         snprintf(result, sizeof result, "skipped: %s", refusal.reason);
     else
         check_text(result, sizeof result, run);
-    snprintf(text, size, "%s --kernel %s%s%s %s%s: %s",
+    snprintf(text, size, "%s --kernel %s%s%s%s %s%s: %s",
              refusal.exit_code ? "-"
              : passed          ? "✓"
                                : "✗",
              kernel->name, chapter->device == DEVICE_CPU ? "" : " --device ",
-             chapter->device == DEVICE_CPU ? "" : device_name(chapter->device), c->words,
+             chapter->device == DEVICE_CPU ? "" : device_name(chapter->device),
+             kernel->bf16 ? " --dtype bf16" : "", c->words,
              c->inputs == TIMES_30 ? " (q and k times 30)"
              : c->inputs == HOLES  ? " (a bias with -inf)"
                                    : "",

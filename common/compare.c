@@ -51,6 +51,12 @@ double tolerance_f32(int key_tokens, double largest_score)
     return fmax(1e-5, tolerance);
 }
 
+/* Rounding to 8 bits is off by 2^-9 at most, and by 2^-9 / sqrt(3) or less in the L2 norm: room for three of that. */
+double tolerance_bf16(double tolerance_of_f32)
+{
+    return fmin(5e-3, 0x1p-9 * sqrt(3) + tolerance_of_f32);
+}
+
 void comparison_text(char *text, size_t size, const Comparison *c)
 {
     int used = snprintf(text, size, "L2 %.1e, max %.1e, %zu NaN", c->relative_l2, c->max_abs, c->nan_count);

@@ -35,6 +35,9 @@ double furthest_apart(const float *a, const float *b, size_t count);
  * it. */
 double tolerance_f32(int key_tokens, double largest_score);
 
+/* The same for a result in bf16, given float32's: its numbers, and those that it is a sum of, are rounded to 8 bits. */
+double tolerance_bf16(double tolerance_of_f32);
+
 /* "L2 3.1e-07, max 4.8e-07, 0 NaN" or, when it failed, also the tolerance and the first bad index. */
 void comparison_text(char *text, size_t size, const Comparison *c);
 

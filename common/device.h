@@ -2,6 +2,7 @@
 #ifndef COMMON_DEVICE_H
 #define COMMON_DEVICE_H
 
+#include <stdbool.h>
 #include <stddef.h>
 
 typedef enum {
@@ -27,8 +28,8 @@ typedef struct {
     void (*finish)(void); /* waits for all that was launched */
     /* Milliseconds that what run(context) launches takes, without its wait; its last-level cache is emptied before. */
     double (*time_ms)(void (*run)(void *context), void *context);
-    /* GFLOP/s of its vendor's own product of float32 matrices; 0: nothing to compare with */
-    double (*peak_gflops)(double ms);
+    /* GFLOP/s of its vendor's own product of matrices, float32 (without TF32) or bf16; 0: nothing to compare with */
+    double (*peak_gflops)(double ms, bool bf16);
 } Accelerator;
 
 #ifdef __cplusplus

@@ -43,9 +43,10 @@ static double time_ms(void (*run)(void *context), void *context)
     return 1e3 * (now() - start);
 }
 
-static double peak_gflops(double ms)
+static double peak_gflops(double ms, bool bf16)
 {
     (void)ms;
+    (void)bf16;
     return 0;
 }
 

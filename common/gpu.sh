@@ -27,6 +27,9 @@ kernels_of() {
         '$2 == takes && $3 ~ pass && $NF ~ "(^|,)" device "(,|$)" { print $1 }'
 }
 
+# dtype_of CHAPTER KERNEL: the one it takes
+dtype_of() { "$build/$1/run" --list | awk -v kernel="$2" '$1 == kernel { print $4 }'; }
+
 # ---- The steps: FILE, seconds, chapter, options ----
 
 check_steps() {
@@ -66,11 +69,12 @@ tokens_steps() {
     for pass in forward backward; do
         for chapter in 06_online_softmax 07_flash_tiled; do
             for kernel in $(kernels_of $chapter qkv $pass); do
+                dtype=$(dtype_of $chapter "$kernel")
                 for size in $sizes; do
                     for tokens in $lengths; do
                         for causal in "" --causal; do
                             step "tokens/$kernel-$size-$tokens-${causal#--}-$pass" 5 $chapter \
-                                "--device $device --kernel $kernel --pass $pass --repeat $repeat --batch $((tokens_in_all / tokens)) --heads $((width / size)) --tokens $tokens --head-size $size $causal"
+                                "--device $device --dtype $dtype --kernel $kernel --pass $pass --repeat $repeat --batch $((tokens_in_all / tokens)) --heads $((width / size)) --tokens $tokens --head-size $size $causal"
                         done
                     done
                 done
@@ -86,7 +90,7 @@ sanitizer_steps() {
         heads=$([ "${chapter%%_*}" -lt 3 ] && echo 1 || echo 3)
         for tool in memcheck racecheck; do
             for kernel in $(kernels_of "$chapter" qkv); do
-                step "sanitizer/$chapter-$kernel-$tool" 20 "$chapter" "$tool --kernel $kernel --heads 2 --tokens 70 --head-size 40 --causal"
+                step "sanitizer/$chapter-$kernel-$tool" 20 "$chapter" "$tool --kernel $kernel --dtype $(dtype_of "$chapter" "$kernel") --heads 2 --tokens 70 --head-size 40 --causal"
             done
             for kernel in $(kernels_of "$chapter" x); do
                 step "sanitizer/$chapter-$kernel-$tool" 20 "$chapter" "$tool --kernel $kernel --batch 2 --tokens 40 --embed 24 --heads $heads"

@@ -189,7 +189,9 @@ static void find_reason(Problem *p, const Kernel *kernel, const Options *o)
         reason = "attends to its own tokens: --key-tokens is --tokens";
     else if (o->pass != PASS_FORWARD && !kernel->backward)
         reason = "has the pass forward only";
-    else if (o->dtype != DTYPE_F32)
+    else if (kernel->bf16 && o->dtype == DTYPE_F32)
+        reason = "takes --dtype bf16, not f32";
+    else if (!kernel->bf16 && o->dtype == DTYPE_BF16)
         reason = "takes --dtype f32, not bf16";
     else if (s->kv_heads != s->heads && !kernel->grouped)
         reason = "takes as many --kv-heads as --heads";

@@ -1,6 +1,7 @@
 #include "run.h"
 #include "error.h"
 #include "memory.h"
+#include "narrow.h"
 #include "oracle_backward.h"
 
 #include <stdio.h>
@@ -23,10 +24,17 @@ static float *own_floats(Run *run, size_t n)
     return run->owned[run->owned_count++] = allocate_floats(n);
 }
 
-/* A tensor from its file, or drawn; times `magnify`. */
-static const float *input(Run *run, const NpyArray *file, size_t count, float magnify)
+/* A kernel in bf16 gets its inputs rounded; the oracle then gets the same. */
+static void round_if_bf16(const Run *run, float *tensor, size_t count)
 {
-    if (file->data && magnify == 1)
+    for (size_t i = 0; run->kernel->bf16 && i < count; i++)
+        tensor[i] = bf16_to_float(bf16_from_float(tensor[i]));
+}
+
+/* A tensor from its file, or drawn; times `magnify`. */
+static float *input(Run *run, const NpyArray *file, size_t count, float magnify)
+{
+    if (file->data && magnify == 1 && !run->kernel->bf16)
         return file->data;
     float *tensor = own_floats(run, count);
     if (file->data)
@@ -42,8 +50,8 @@ static bool can_share(const Run *run, const Run *other, float magnify)
 {
     const AttentionShape *a = &run->problem.shape, *b = &other->problem.shape;
     bool same = magnify == 1 && run->kernel->takes == other->kernel->takes &&
-                run->problem.seed == other->problem.seed && run->problem.rng == other->problem.rng &&
-                run->problem.sentence == other->problem.sentence;
+                run->kernel->bf16 == other->kernel->bf16 && run->problem.seed == other->problem.seed &&
+                run->problem.rng == other->problem.rng && run->problem.sentence == other->problem.sentence;
     if (run->kernel->takes == TAKES_X)
         return same && a->batch == b->batch && a->tokens == b->tokens && a->embed == b->embed;
     return same && query_count(a) == query_count(b) && key_count(a) == key_count(b) && a->heads == b->heads &&
@@ -73,9 +81,13 @@ static void open_inputs(Run *run, const Options *o, const Run *inputs_of, float 
     else if (run->kernel->takes == TAKES_X)
         run->t.x = input(run, &o->x, x_count(s), magnify);
     else {
-        run->t.q = input(run, &o->q, query_count(s), magnify);
-        run->t.k = input(run, &o->k, key_count(s), magnify);
-        run->t.v = input(run, &o->v, key_count(s), 1);
+        float *q = input(run, &o->q, query_count(s), magnify);
+        float *k = input(run, &o->k, key_count(s), magnify);
+        float *v = input(run, &o->v, key_count(s), 1);
+        round_if_bf16(run, q, query_count(s));
+        round_if_bf16(run, k, key_count(s));
+        round_if_bf16(run, v, key_count(s));
+        run->t.q = q, run->t.k = k, run->t.v = v;
         if (o->bias_randn)
             s->bias = input(run, &o->bias, bias_elements(s), 1);
     }
@@ -94,17 +106,19 @@ static void open_gradients(Run *run, const Options *o)
 {
     const AttentionShape *s = &run->problem.shape;
     bool module = run->kernel->takes == TAKES_X;
-    if (o->dout.data)
-        run->t.dout = o->dout.data;
-    else {
-        float *dout = own_floats(run, run->out_size);
-        if (o->dout_randn)
+    float *dout = o->dout.data;
+    if (!dout || run->kernel->bf16) {
+        dout = own_floats(run, run->out_size);
+        if (o->dout.data)
+            memcpy(dout, o->dout.data, run->out_size * sizeof *dout);
+        else if (o->dout_randn)
             draw_randn(&run->after_inputs, dout, run->out_size);
         else
             for (size_t i = 0; i < run->out_size; i++)
                 dout[i] = 1;
-        run->t.dout = dout;
+        round_if_bf16(run, dout, run->out_size);
     }
+    run->t.dout = dout;
     if (module)
         run->t.dx = own_floats(run, x_count(s));
     else {
@@ -289,16 +303,18 @@ double run_flops(const Run *run, Pass pass)
 double run_bytes(const Run *run, Pass pass)
 {
     const AttentionShape *s = &run->problem.shape;
-    double inputs = run->kernel->takes == TAKES_X ? (double)x_count(s)
-                                                  : (double)query_count(s) + 2.0 * (double)key_count(s);
+    double number = run->kernel->bf16 ? 2 : 4;
+    double inputs =
+        number * (run->kernel->takes == TAKES_X ? (double)x_count(s)
+                                                : (double)query_count(s) + 2.0 * (double)key_count(s));
+    double out = number * (double)run->out_size;
     for (int i = 0; i < run->parameters.count; i++)
-        inputs += (double)parameter_count(run, i);
-    inputs += (double)bias_elements(s);
-    double forward = inputs + (double)run->out_size;
+        inputs += 4.0 * (double)parameter_count(run, i);
+    inputs += 4.0 * (double)bias_elements(s);
+    double forward = inputs + out;
     double backward =
-        2 * inputs +
-        2 * (double)run->out_size; /* inputs, out and dout are read, a gradient of each input written */
-    return 4.0 * (pass == PASS_FORWARD ? forward : pass == PASS_BACKWARD ? backward : forward + backward);
+        2 * inputs + 2 * out; /* inputs, out and dout are read, a gradient of each input written */
+    return pass == PASS_FORWARD ? forward : pass == PASS_BACKWARD ? backward : forward + backward;
 }
 
 /* ---- Saving, and words ---- */

@@ -1,6 +1,11 @@
 /* A run whose kernel computes on a device: t's tensors have a copy each in the device's memory. */
+#include "memory.h"
+#include "narrow.h"
 #include "oracle_backward.h"
 #include "run.h"
+
+#include <stdlib.h>
+#include <string.h>
 
 static void *own_device(Run *run, size_t bytes)
 {
@@ -27,10 +32,45 @@ static const float *uploaded_floats(Run *run, const float *host, size_t count)
     return uploaded(run, host, count * sizeof(float));
 }
 
+/* ---- q, k, v, out and their gradients: float32, or bf16 behind the same pointers ---- */
+
+static size_t number_bytes(const Run *run)
+{
+    return run->kernel->bf16 ? sizeof(uint16_t) : sizeof(float);
+}
+
+static float *device_numbers(Run *run, size_t count)
+{
+    return own_device(run, count * number_bytes(run));
+}
+
+static const float *uploaded_numbers(Run *run, const float *host, size_t count)
+{
+    if (!host || !run->kernel->bf16)
+        return uploaded_floats(run, host, count);
+    uint16_t *narrow = allocate_zeroed(count, sizeof *narrow);
+    for (size_t i = 0; i < count; i++)
+        narrow[i] = bf16_from_float(host[i]);
+    void *device = uploaded(run, narrow, count * sizeof *narrow);
+    free(narrow);
+    return device;
+}
+
+static void fetch_numbers(const Run *run, float *host, const float *device, size_t count)
+{
+    run->device->copy_from(host, device, count * number_bytes(run));
+    const uint16_t *narrow = (const uint16_t *)host; /* the front half of host; widened from the back on */
+    for (size_t i = count; run->kernel->bf16 && i-- > 0;) {
+        float wide = bf16_to_float(narrow[i]);
+        memcpy(host + i, &wide, sizeof wide);
+    }
+}
+
 /* An array behind each tensor that a pass writes, and its size. */
 typedef struct {
     float *host, *device;
     size_t count;
+    bool may_be_bf16;
 } Output;
 enum { MOST_OUTPUTS = 5 + MAX_PARAMETERS };
 
@@ -40,18 +80,18 @@ static int outputs_of(Output *list, const Run *run, Pass pass)
     const Tensors *t = &run->t, *d = &run->on_device;
     int count = 0;
     if (pass == PASS_FORWARD) {
-        list[count++] = (Output){t->out, d->out, run->out_size};
-        list[count++] = (Output){t->lse, d->lse, t->lse ? lse_count(s) : 0};
-        list[count++] = (Output){t->weights, d->weights, run->weights_size};
+        list[count++] = (Output){t->out, d->out, run->out_size, true};
+        list[count++] = (Output){t->lse, d->lse, t->lse ? lse_count(s) : 0, false};
+        list[count++] = (Output){t->weights, d->weights, run->weights_size, false};
         return count;
     }
-    list[count++] = (Output){t->dq, d->dq, query_count(s)};
-    list[count++] = (Output){t->dk, d->dk, key_count(s)};
-    list[count++] = (Output){t->dv, d->dv, key_count(s)};
-    list[count++] = (Output){t->dbias, d->dbias, bias_elements(s)};
-    list[count++] = (Output){t->dx, d->dx, x_count(s)};
+    list[count++] = (Output){t->dq, d->dq, query_count(s), true};
+    list[count++] = (Output){t->dk, d->dk, key_count(s), true};
+    list[count++] = (Output){t->dv, d->dv, key_count(s), true};
+    list[count++] = (Output){t->dbias, d->dbias, bias_elements(s), false};
+    list[count++] = (Output){t->dx, d->dx, x_count(s), false};
     for (int i = 0; i < run->parameters.count; i++)
-        list[count++] = (Output){t->d_parameter[i], d->d_parameter[i], parameter_count(run, i)};
+        list[count++] = (Output){t->d_parameter[i], d->d_parameter[i], parameter_count(run, i), false};
     return count;
 }
 
@@ -69,23 +109,23 @@ void open_on_device(Run *run)
     run->device_shape.bias = uploaded_floats(run, s->bias, bias_elements(s));
     run->device_shape.dropout_stream = NULL;
 
-    d->q = uploaded_floats(run, t->q, query_count(s));
-    d->k = uploaded_floats(run, t->k, key_count(s));
-    d->v = uploaded_floats(run, t->v, key_count(s));
+    d->q = uploaded_numbers(run, t->q, query_count(s));
+    d->k = uploaded_numbers(run, t->k, key_count(s));
+    d->v = uploaded_numbers(run, t->v, key_count(s));
     d->x = uploaded_floats(run, t->x, x_count(s));
     for (int i = 0; i < run->parameters.count; i++)
         d->parameter[i] = uploaded_floats(run, t->parameter[i], parameter_count(run, i));
-    d->out = device_floats(run, run->out_size);
+    d->out = device_numbers(run, run->out_size);
     d->lse = t->lse ? device_floats(run, lse_count(s)) : NULL;
     d->weights = t->weights ? device_floats(run, run->weights_size) : NULL;
     for (int i = 0; i < MAX_BUFFERS; i++) /* where a size is 0, as without dropout, there is none */
         d->workspace[i] = run->workspace_size[i] ? device_floats(run, run->workspace_size[i]) : NULL;
     if (!backward)
         return;
-    d->dout = uploaded_floats(run, t->dout, run->out_size);
-    d->dq = t->dq ? device_floats(run, query_count(s)) : NULL;
-    d->dk = t->dk ? device_floats(run, key_count(s)) : NULL;
-    d->dv = t->dv ? device_floats(run, key_count(s)) : NULL;
+    d->dout = uploaded_numbers(run, t->dout, run->out_size);
+    d->dq = t->dq ? device_numbers(run, query_count(s)) : NULL;
+    d->dk = t->dk ? device_numbers(run, key_count(s)) : NULL;
+    d->dv = t->dv ? device_numbers(run, key_count(s)) : NULL;
     d->dbias = t->dbias ? device_floats(run, bias_elements(s)) : NULL;
     d->dx = t->dx ? device_floats(run, x_count(s)) : NULL;
     for (int i = 0; i < run->parameters.count; i++)
@@ -102,7 +142,8 @@ void poison_on_device(Run *run, Pass pass)
     Output list[MOST_OUTPUTS];
     for (int i = outputs_of(list, run, pass); i-- > 0;)
         if (list[i].device)
-            run->device->fill_with_nan(list[i].device, list[i].count * sizeof(float));
+            run->device->fill_with_nan(
+                list[i].device, list[i].count * (list[i].may_be_bf16 ? number_bytes(run) : sizeof(float)));
     bool forward = pass == PASS_FORWARD;
     float *const *workspace = forward ? run->on_device.workspace : run->on_device.backward_workspace;
     const size_t *size = forward ? run->workspace_size : run->backward_workspace_size;
@@ -117,7 +158,9 @@ void fetch_from_device(Run *run, Pass pass)
         return;
     Output list[MOST_OUTPUTS];
     for (int i = outputs_of(list, run, pass); i-- > 0;)
-        if (list[i].device)
+        if (list[i].device && list[i].may_be_bf16)
+            fetch_numbers(run, list[i].host, list[i].device, list[i].count);
+        else if (list[i].device)
             run->device->copy_from(list[i].host, list[i].device, list[i].count * sizeof(float));
 }
 

@@ -113,6 +113,12 @@ static const BadLine bad[] = {
     /* devices and memory */
     {FLASH, "--device cuda", 3, "--device cpu"},
 #ifdef HAVE_SIMT
+    {FLASH, "--device simt --kernel mma", 2, "kernel mma takes --dtype bf16, not f32"},
+    {FLASH, "--device simt --kernel tiled --dtype bf16", 2, "kernel tiled takes --dtype f32, not bf16"},
+    {FLASH, "--device simt --kernel mma --dtype bf16 --head-size 5", 2,
+     "kernel mma takes --head-size 8, 16 .. 256, not 5"},
+    {FLASH, "--device simt --kernel pipelined --dtype bf16 --heads 1 --tokens 9 --head-size 136", 2,
+     "kernel pipelined takes --head-size 8, 16 .. 128, not 136"},
     {FLASH, "--device simt --kernel simd", 2, "for --device simt; it has tiled"},
 #else
     {FLASH, "--device simt", 3, "no-C++-compiler"},
@@ -337,6 +343,7 @@ Test(command_line_good, list_help_and_quiet_pipes)
     read_text("stdout.txt", text, sizeof text);
 #ifdef HAVE_SIMT
     cr_expect(strstr(text, "\ntiled qkv forward,backward f32 cpu,simt,cuda(no-"));
+    cr_expect(strstr(text, "\npipelined qkv forward,backward bf16 simt,cuda(no-"));
 #else
     cr_expect(strstr(text, "\ntiled qkv forward,backward f32 cpu,simt(no-C++-compiler),cuda(no-"));
 #endif

@@ -1,9 +1,11 @@
 /* The stand-in for CUDA threads: what it offers, and that it finds what a GPU hides. */
 #ifdef HAVE_SIMT
 #include "device.h"
+#include "narrow.h"
 #include "test_simt.h"
 
 #include <criterion/criterion.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -107,6 +109,55 @@ Test(simt, atomics_lose_nothing)
     int largest = -1;
     add_atomically(&quarter, &count, &largest, 500);
     cr_expect(quarter == 16000 && count == 64000 && largest == 63999, "%g, %u, %d", quarter, count, largest);
+}
+
+/* Numbers whose products and sums are exact, all different along each axis. */
+Test(simt, tensor_core_multiplies_matrices)
+{
+    uint16_t a[16][16], b[16][16], b_turned[16][16];
+    float c[16][16], d[16][16];
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 16; j++) {
+            a[i][j] = bf16_from_float((float)((7 * i + 3 * j + i * j) % 31 - 15));
+            b[i][j] = b_turned[j][i] = bf16_from_float((float)((5 * i + 11 * j + i * j) % 29) / 4);
+            c[i][j] = (float)(i - 2 * j);
+        }
+    for (int turned = 0; turned < 2; turned++) {
+        multiply_by_tensor_core(&d[0][0], &c[0][0], &a[0][0], turned ? &b_turned[0][0] : &b[0][0], turned);
+        for (int i = 0; i < 16; i++)
+            for (int j = 0; j < 16; j++) {
+                float sum = c[i][j];
+                for (int k = 0; k < 16; k++)
+                    sum += bf16_to_float(a[i][k]) * bf16_to_float(b[k][j]);
+                cr_assert(d[i][j] == sum, "row %d, column %d: %g, not %g", i, j, d[i][j], sum);
+            }
+    }
+}
+
+/* c + n equal products in one corner. */
+static float corner(float c, float x, float y, int n)
+{
+    uint16_t a[16][16] = {0}, b[16][16] = {0};
+    float sums[16][16] = {{c}}, d[16][16];
+    for (int k = 0; k < n; k++) {
+        a[0][k] = bf16_from_float(x);
+        b[k][0] = bf16_from_float(y);
+    }
+    multiply_by_tensor_core(&d[0][0], &sums[0][0], &a[0][0], &b[0][0], false);
+    return d[0][0];
+}
+
+Test(simt, tensor_core_adds_all_products_at_once_and_cuts_off)
+{
+    cr_expect(corner(1, 0x1p-12f, 0x1p-13f, 16) == 1 + 0x1p-21f); /* one after the other they would be lost */
+    cr_expect(corner(1, 0x1p-13f, 0x1p-13f, 16) == 1);            /* each lies behind the 25th bit */
+    cr_expect(corner(1, 0x3p-12f, 0x1p-13f, 1) == 1);         /* 1 + 3/4 of a last bit: cut, not rounded */
+    cr_expect(corner(-1, -0x3p-12f, 0x1p-13f, 1) == -1);      /* towards zero on either side */
+    cr_expect(corner(0, 0x1p-70f, 0x1p-70f, 2) == 0x1p-139f); /* a subnormal stays */
+    cr_expect(corner(0, 0, 0, 16) == 0);
+    cr_expect(corner(INFINITY, 1, 1, 1) == INFINITY);
+    cr_expect(corner(0, 0x1p+100f, 0x1p+100f, 1) == INFINITY);
+    cr_expect(isnan(corner(0, INFINITY, 0, 1)));
 }
 
 /* ---- What ends the program. Each runs in a process of its own, whose last words are read. ---- */

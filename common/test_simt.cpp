@@ -1,4 +1,5 @@
 #include "test_simt.h"
+#include "cuda_tensor.h"
 #include "cuda_thread.h"
 
 #ifdef SIMT_ONE_BY_ONE
@@ -117,6 +118,35 @@ __global__ static void add_atomically_kernel(float *quarter, unsigned *count, in
 void add_atomically(float *quarter, unsigned *count, int *largest, int blocks)
 {
     LAUNCH(add_atomically_kernel, blocks, 128, 0, quarter, count, largest);
+}
+
+/* Lane (g, t) has of d's two halves, 8 columns each, rows g and g + 8, columns 2 t and 2 t + 1. */
+__global__ static void tensor_core_kernel(float *d, const float *c, const uint16_t *a, const uint16_t *b,
+                                          bool turned)
+{
+    unsigned lane = threadIdx.x, g = lane / 4, t = lane % 4;
+    uint32_t left[4], right[4];
+    load_matrix_4(left, a + (lane & 15) * 16 + 8 * (lane >> 4));
+    if (turned)
+        load_matrix_4(right, b + ((lane & 7) + 8 * (lane >> 4)) * 16 + 8 * (lane >> 3 & 1));
+    else
+        load_matrix_4_transposed(right, b + (lane & 15) * 16 + 8 * (lane >> 4));
+    for (unsigned half = 0; half < 2; half++) {
+        float sum[4];
+        unsigned place[4];
+        for (unsigned i = 0; i < 4; i++) {
+            place[i] = (g + i / 2 * 8) * 16 + 8 * half + 2 * t + i % 2;
+            sum[i] = c[place[i]];
+        }
+        mma_bf16(sum, left, right + 2 * half);
+        for (unsigned i = 0; i < 4; i++)
+            d[place[i]] = sum[i];
+    }
+}
+
+void multiply_by_tensor_core(float *d, const float *c, const uint16_t *a, const uint16_t *b, bool turned)
+{
+    LAUNCH(tensor_core_kernel, 1, 32, 0, d, c, a, b, turned);
 }
 
 /* ---- What ends the program ---- */

@@ -27,6 +27,9 @@ void ask_the_warp(unsigned *out, int threads);
 /* sums (3): of 1, of 0.25f and the largest of all thread numbers, by atomics, over blocks x 128 threads. */
 void add_atomically(float *quarter, unsigned *count, int *largest, int blocks);
 
+/* d (16,16) = c + a b on a tensor core, bf16 factors (16,16) each; `turned`: b comes as its transpose. */
+void multiply_by_tensor_core(float *d, const float *c, const uint16_t *a, const uint16_t *b, bool turned);
+
 /* These end the program. */
 void some_threads_wait_for_the_block(void);
 void two_barriers_at_once(void);

@@ -8,7 +8,7 @@
 /* The ceiling right now: the device's own, or this processor's. */
 static double peak_gflops(const Run *run, int threads, double ms)
 {
-    return run->device ? run->device->peak_gflops(ms) : peak_burst_gflops(threads, ms);
+    return run->device ? run->device->peak_gflops(ms, run->kernel->bf16) : peak_burst_gflops(threads, ms);
 }
 
 static double seconds_of(Run *run)
@@ -60,7 +60,7 @@ void time_runs(BenchmarkRow *row, Run *const *runs, int count, const Chapter *ch
             .kernel = run->kernel->name,
             .machine = run->device ? run->device->machine() : machine_name(),
             .device = run->device ? run->device->name : "cpu",
-            .dtype = "f32",
+            .dtype = run->kernel->bf16 ? "bf16" : "f32",
             .pass = pass_names[run->pass],
             .batch = s->batch,
             .heads = s->heads,
