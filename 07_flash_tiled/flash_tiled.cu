@@ -8,6 +8,10 @@
 
 #include "../06_online_softmax/online_softmax_backward_cuda.h"
 
+#if defined(SIMT) || defined(HAVE_CUBLAS)
+#include "flash_modules_cuda.h"
+#endif
+
 enum { SHARED_FLOATS = 12288 }; /* 48 KiB: what every GPU gives a block without being asked */
 
 /* Some keys or values, `stride` floats from one to the next: in shared memory, or where the tensor lies. */
@@ -181,5 +185,25 @@ DEVICE_TABLE(flash_tiled) = {
      .workspace = workspace_tiled,
      .dropout = DROPOUT_POSITION,
      .tiled = true},
+#if defined(SIMT) || defined(HAVE_CUBLAS)
+    {.name = "sdpa",
+     .forward = forward_sdpa,
+     .backward = backward_sdpa,
+     .backward_workspace = backward_workspace_sdpa,
+     .workspace = workspace_sdpa,
+     .dropout = DROPOUT_POSITION},
+    {.name = "sdpa-mask",
+     .forward = forward_sdpa,
+     .backward = backward_sdpa,
+     .backward_workspace = backward_workspace_sdpa,
+     .workspace = workspace_sdpa,
+     .dropout = DROPOUT_POSITION},
+    {.name = "torch-mha-noweights",
+     .forward = forward_torch_mha,
+     .backward = backward_torch_mha,
+     .backward_workspace = backward_workspace_torch_mha,
+     .workspace = workspace_torch_mha,
+     .dropout = DROPOUT_POSITION},
+#endif
     {},
 };

@@ -328,7 +328,7 @@ const Chapter chapter = {
     .modes = modes,
     .device_kernels =
         {
-            DEVICE_KERNELS(flash_tiled, "tiled"),
+            DEVICE_KERNELS(flash_tiled, "tiled sdpa sdpa-mask torch-mha-noweights"),
             DEVICE_KERNELS(rows, "rows"),
             DEVICE_KERNELS(shared, "shared"),
             DEVICE_KERNELS(registers, "registers"),

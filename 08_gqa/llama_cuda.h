@@ -3,6 +3,7 @@
 #ifndef LLAMA_CUDA_H
 #define LLAMA_CUDA_H
 
+#include "cuda_heads.h"
 #include "cuda_linear.h"
 #include "llama.h"
 
@@ -38,47 +39,9 @@ __global__ static void turn_heads_kernel(float *heads, const float *cosine, cons
     }
 }
 
-/* ---- Between rows (B,T,n*HS), as projections give them, and heads (B,n,T,HS), as attention takes them: a thread to each
- * number. ---- */
-
-__global__ static void split_heads_kernel(float *heads, const float *rows, int n, int T, int HS, size_t count)
-{
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < count;
-         i += (size_t)gridDim.x * blockDim.x) {
-        size_t d = i % HS, t = i / HS % T, h = i / HS / T % n, b = i / HS / T / n;
-        heads[i] = rows[((b * T + t) * n + h) * HS + d];
-    }
-}
-
-__global__ static void join_heads_kernel(float *rows, const float *heads, int n, int T, int HS, size_t count)
-{
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < count;
-         i += (size_t)gridDim.x * blockDim.x) {
-        size_t d = i % HS, h = i / HS % n, t = i / HS / n % T, b = i / HS / n / T;
-        rows[i] = heads[((b * n + h) * T + t) * HS + d];
-    }
-}
-
-static size_t numbers(int n, const AttentionShape *s)
-{
-    return (size_t)s->batch * n * s->tokens * s->head_size;
-}
-
-static void split_heads(float *heads, const float *rows, int n, const AttentionShape *s)
-{
-    LAUNCH(split_heads_kernel, blocks_for(numbers(n, s) / WARP + 1), MOST_WARPS * WARP, 0, heads, rows, n,
-           s->tokens, s->head_size, numbers(n, s));
-}
-
-static void join_heads(float *rows, const float *heads, int n, const AttentionShape *s)
-{
-    LAUNCH(join_heads_kernel, blocks_for(numbers(n, s) / WARP + 1), MOST_WARPS * WARP, 0, rows, heads, n,
-           s->tokens, s->head_size, numbers(n, s));
-}
-
 static void turn_heads(float *heads, int n, float direction, const LlamaWorkspace *w, const AttentionShape *s)
 {
-    size_t pairs = numbers(n, s) / 2;
+    size_t pairs = numbers_of_heads(n, s) / 2;
     LAUNCH(turn_heads_kernel, blocks_for(pairs / WARP + 1), MOST_WARPS * WARP, 0, heads, w->cosine, w->sine,
            direction, s->tokens, s->head_size, pairs);
 }
@@ -131,11 +94,11 @@ static void forward_llama(const Tensors *t, const AttentionShape *s)
     int q_width = s->heads * s->head_size, kv_width = s->kv_heads * s->head_size;
 
     device_linear(w.rows, t->x, t->parameter[Q_PROJ], NULL, rows, s->embed, q_width);
-    split_heads(w.q, w.rows, s->heads, s);
+    split_heads(w.q, w.rows, q_width, s->heads, s);
     device_linear(w.rows, t->x, t->parameter[K_PROJ], NULL, rows, s->embed, kv_width);
-    split_heads(w.k, w.rows, s->kv_heads, s);
+    split_heads(w.k, w.rows, kv_width, s->kv_heads, s);
     device_linear(w.rows, t->x, t->parameter[V_PROJ], NULL, rows, s->embed, kv_width);
-    split_heads(w.v, w.rows, s->kv_heads, s);
+    split_heads(w.v, w.rows, kv_width, s->kv_heads, s);
 
     /* Before the heads are shared: one rotation serves the whole group. */
     LAUNCH(rope_table_kernel, blocks_for(angles / WARP + 1), MOST_WARPS * WARP, 0, w.cosine, w.sine,
@@ -146,7 +109,7 @@ static void forward_llama(const Tensors *t, const AttentionShape *s)
     Tensors attention = attention_in(&w);
     forward_grouped(&attention, s);
 
-    join_heads(w.rows, w.out_heads, s->heads, s);
+    join_heads(w.rows, q_width, w.out_heads, s->heads, s);
     device_linear(t->out, w.rows, t->parameter[O_PROJ], NULL, rows, q_width, s->embed_out);
 }
 
@@ -163,7 +126,7 @@ static void backward_llama(const Tensors *t, const AttentionShape *s)
     /* dout_heads is free until the rows' gradient, which waits in dq, is split into it. */
     device_linear_backward(dq, 0, d_w[O_PROJ], t->dout, w.rows, t->parameter[O_PROJ], rows, q_width,
                            s->embed_out);
-    split_heads(dout_heads, dq, s->heads, s);
+    split_heads(dout_heads, dq, q_width, s->heads, s);
 
     Tensors attention = attention_in(&w);
     attention.dout = dout_heads;
@@ -178,13 +141,13 @@ static void backward_llama(const Tensors *t, const AttentionShape *s)
     turn_heads(dk, s->kv_heads, -1, &w, s);
 
     float *d_rows = w.rows; /* forward's were needed for o_proj's gradient alone */
-    join_heads(d_rows, dv, s->kv_heads, s);
+    join_heads(d_rows, kv_width, dv, s->kv_heads, s);
     device_linear_backward(t->dx, 0, d_w[V_PROJ], d_rows, t->x, t->parameter[V_PROJ], rows, s->embed,
                            kv_width);
-    join_heads(d_rows, dk, s->kv_heads, s);
+    join_heads(d_rows, kv_width, dk, s->kv_heads, s);
     device_linear_backward(t->dx, 1, d_w[K_PROJ], d_rows, t->x, t->parameter[K_PROJ], rows, s->embed,
                            kv_width);
-    join_heads(d_rows, dq, s->heads, s);
+    join_heads(d_rows, q_width, dq, s->heads, s);
     device_linear_backward(t->dx, 1, d_w[Q_PROJ], d_rows, t->x, t->parameter[Q_PROJ], rows, s->embed,
                            q_width);
 }
