@@ -7,6 +7,7 @@
 #define COMMON_CUDA_TENSOR_H
 
 #include "cuda_thread.h"
+#include "narrow.h"
 
 #include <math.h>
 #include <stdint.h>
@@ -14,20 +15,22 @@
 #ifdef SIMT
 static inline void copy_async_16(void *shared, const void *global, bool there)
 {
-    there ? memcpy(shared, global, 16) : memset(shared, 0, 16);
+    simt_start_copy(shared, there ? global : nullptr, 16);
 }
 
 static inline void copy_async_4(void *shared, const void *global, bool there)
 {
-    there ? memcpy(shared, global, 4) : memset(shared, 0, 4);
+    simt_start_copy(shared, there ? global : nullptr, 4);
 }
 
 static inline void copy_async_commit()
 {
+    simt_close_group();
 }
 
 template <int N> static inline void copy_async_wait()
 {
+    simt_wait_for_groups(N);
 }
 
 #else
@@ -74,17 +77,41 @@ __device__ static inline float bf16_float(bf16 x)
     return wide.value;
 }
 
+/* Half precision: 5 bits of exponent, 10 of fraction. */
+struct half16 {
+    uint16_t bits;
+};
+
 #ifdef SIMT
-static inline uint32_t bf16_rounded(float x)
+static inline float half_float(half16 x)
 {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return isnan(x) ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    return half_to_float(x.bits);
 }
 
+static inline half16 float_half(float x)
+{
+    return {half_from_float(x)};
+}
+#else
+__device__ static inline float half_float(half16 x)
+{
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+    return wide;
+}
+
+__device__ static inline half16 float_half(float x)
+{
+    half16 narrow;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(x));
+    return narrow;
+}
+#endif
+
+#ifdef SIMT
 static inline uint32_t pack_bf16(float low, float high)
 {
-    return bf16_rounded(low) | bf16_rounded(high) << 16;
+    return bf16_from_float(low) | (uint32_t)bf16_from_float(high) << 16;
 }
 
 static inline float exp2_fast(float x)

@@ -10,10 +10,18 @@
 
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 uint16_t half_from_float(float x);
 float half_to_float(uint16_t bits);
 
 uint16_t bf16_from_float(float x);
 float bf16_to_float(uint16_t bits);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

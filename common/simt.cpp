@@ -66,6 +66,13 @@ UNWATCHED static void go(Stack *from, Stack *to, const ucontext_t *first)
 
 enum State { RUNS, AT_WARP, AT_BLOCK, DONE };
 
+struct Copy {
+    void *to;
+    const void *from;
+    size_t bytes;
+    unsigned group;
+};
+
 struct Fibre {
     Stack stack;
     State state;
@@ -73,6 +80,8 @@ struct Fibre {
     uint3 index;
     alignas(16) char given[2][GIVEN]; /* to the other lanes, in the last exchange and the one before */
     unsigned exchanges;
+    Copy *copies; /* under way */
+    unsigned copy_count, copy_room, groups;
 };
 
 struct Block {
@@ -138,6 +147,51 @@ const void *simt_given(unsigned from)
     return thread < block->threads ? block->fibre[thread].given[which] : nullptr;
 }
 
+void simt_start_copy(void *to, const void *from, size_t bytes)
+{
+    Fibre *me = &block->fibre[block->running];
+    if (me->copy_count == me->copy_room) {
+        me->copy_room = 2 * me->copy_room + 16;
+        me->copies = (Copy *)realloc(me->copies, me->copy_room * sizeof *me->copies);
+        if (!me->copies)
+            die(EXIT_UNAVAILABLE, "no room for a block's threads");
+    }
+    memset(to, 0xFF, bytes);
+    me->copies[me->copy_count++] = {to, from, bytes, me->groups};
+}
+
+void simt_close_group()
+{
+    block->fibre[block->running].groups++;
+}
+
+void simt_wait_for_groups(unsigned newest)
+{
+    Fibre *me = &block->fibre[block->running];
+    unsigned left = 0;
+    for (unsigned i = 0; i < me->copy_count; i++) {
+        const Copy *copy = &me->copies[i];
+        if (copy->group + newest >= me->groups)
+            me->copies[left++] = *copy;
+        else if (copy->from)
+            memcpy(copy->to, copy->from, copy->bytes);
+        else
+            memset(copy->to, 0, copy->bytes);
+    }
+    me->copy_count = left;
+}
+
+static void expect_no_copies()
+{
+    const Fibre *me = &block->fibre[block->running];
+    const uint3 *at = &simt_thread.block;
+    if (me->copy_count == 0)
+        return;
+#pragma omp critical(simt)
+    die(EXIT_CHECK_FAILED, "%s, block (%u,%u,%u): thread %u ends with %u copies under way; it lacks a wait",
+        block->kernel, at->x, at->y, at->z, block->running, me->copy_count);
+}
+
 /* A fibre's whole life: the body for one block after another. */
 static void live()
 {
@@ -147,6 +201,7 @@ static void live()
 #endif
     for (;;) {
         block->body(block->context);
+        expect_no_copies();
         give_way(DONE, {"its end", "", 0});
     }
 }
@@ -209,7 +264,7 @@ static void run_block()
 {
     unsigned warps = (block->threads + WARP - 1) / WARP, ready[MOST_WARPS];
     for (unsigned i = 0; i < block->threads; i++)
-        block->fibre[i].exchanges = 0;
+        block->fibre[i].exchanges = block->fibre[i].groups = 0;
     do {
         unsigned count = warps;
         for (unsigned i = 0; i < warps; i++)

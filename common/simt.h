@@ -188,6 +188,14 @@ static inline bool __all_sync(unsigned, bool yes, SIMT_PLACE)
     return simt_ballot(!yes, {"__all_sync", file, line}) == 0;
 }
 
+/* ---- Copies that go on while the thread does (cp.async; cuda_tensor.h has them for kernels). What is copied to is NaN at once,
+ * and there only when the thread waits for its group: a wait that is missing is a wrong result. A thread that ends with
+ * copies under way ends the program. ---- */
+
+void simt_start_copy(void *to, const void *from, size_t bytes); /* from NULL: zeros */
+void simt_close_group(void);                                    /* of the copies started since the last */
+void simt_wait_for_groups(unsigned newest);                     /* for all groups but the `newest` */
+
 /* ---- What blocks do to one number at once ---- */
 
 template <typename T> T atomicAdd(T *sum, T more)

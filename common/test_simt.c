@@ -160,6 +160,30 @@ Test(simt, tensor_core_adds_all_products_at_once_and_cuts_off)
     cr_expect(isnan(corner(0, INFINITY, 0, 1)));
 }
 
+Test(simt, copies_are_there_when_waited_for_and_not_before)
+{
+    float in[2][32], out[2][32];
+    for (int i = 0; i < 64; i++)
+        in[i / 32][i % 32] = (float)i;
+    for (int newest = 0; newest < 3; newest++) {
+        copy_two_tiles(&out[0][0], &in[0][0], newest);
+        for (int i = 0; i < 64; i++) {
+            bool there = i / 32 < 2 - newest;
+            float got = out[i / 32][i % 32];
+            cr_assert(there ? got == in[i / 32][31 - i % 32] : isnan(got), "newest %d, place %d: %g", newest,
+                      i, got);
+        }
+    }
+}
+
+Test(simt, halves_are_rounded_as_ieee_says)
+{
+    static uint16_t out[65536];
+    add_to_halves(out, 0.125f);
+    for (unsigned i = 0; i < 65536; i++)
+        cr_assert(out[i] == half_from_float(half_to_float((uint16_t)i) + 0.125f), "number %u", i);
+}
+
 /* ---- What ends the program. Each runs in a process of its own, whose last words are read. ---- */
 
 static void expect_end(void (*broken)(void), int exit_code, const char *words, const char *more)
@@ -193,6 +217,7 @@ Test(simt, divergent_barriers_are_named)
                "of the same block to __syncthreads");
     expect_end(half_a_warp_shuffles, 1, "half_a_warp_kernel", "__shfl_xor_sync (common/test_simt.cpp:");
     expect_end(one_thread_returns_early, 1, "returns_early_kernel", "to its end");
+    expect_end(ends_with_a_copy_under_way, 1, "copy_under_way_kernel", "with 1 copies under way");
     expect_end(too_many_threads, 3, "nothing_kernel", "1 to 1024 threads");
 }
 

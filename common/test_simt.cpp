@@ -149,6 +149,43 @@ void multiply_by_tensor_core(float *d, const float *c, const uint16_t *a, const 
     LAUNCH(tensor_core_kernel, 1, 32, 0, d, c, a, b, turned);
 }
 
+/* ---- Copies under way; half precision ---- */
+
+__global__ static void copy_two_tiles_kernel(float *out, const float *in, int newest)
+{
+    __shared__ float tiles[2][32];
+    unsigned i = threadIdx.x;
+    for (int tile = 0; tile < 2; tile++) {
+        copy_async_4(&tiles[tile][i], in + 32 * tile + i, true);
+        copy_async_commit();
+    }
+    if (newest == 1)
+        copy_async_wait<1>();
+    else if (newest == 0)
+        copy_async_wait<0>();
+    __syncthreads();
+    for (int tile = 0; tile < 2; tile++)
+        out[32 * tile + i] = tiles[tile][31 - i];
+    __syncthreads();
+    copy_async_wait<0>();
+}
+
+void copy_two_tiles(float *out, const float *in, int newest)
+{
+    LAUNCH(copy_two_tiles_kernel, 1, 32, 0, out, in, newest);
+}
+
+__global__ static void add_to_halves_kernel(uint16_t *out, float more)
+{
+    unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+    out[i] = float_half(half_float({(uint16_t)i}) + more).bits;
+}
+
+void add_to_halves(uint16_t *out, float more)
+{
+    LAUNCH(add_to_halves_kernel, 256, 256, 0, out, more);
+}
+
 /* ---- What ends the program ---- */
 
 __global__ static void some_threads_wait_kernel(int first)
@@ -203,6 +240,19 @@ void one_thread_returns_early(void)
 
 __global__ static void nothing_kernel(int)
 {
+}
+
+__global__ static void copy_under_way_kernel(const float *in)
+{
+    __shared__ float tile[32];
+    copy_async_4(&tile[threadIdx.x], in + threadIdx.x, true);
+    copy_async_wait<0>(); /* of no group: the copy was not closed */
+}
+
+void ends_with_a_copy_under_way(void)
+{
+    const float in[32] = {};
+    LAUNCH(copy_under_way_kernel, 1, 32, 0, &in[0]);
 }
 
 void too_many_threads(void)

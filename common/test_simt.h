@@ -30,12 +30,19 @@ void add_atomically(float *quarter, unsigned *count, int *largest, int blocks);
 /* d (16,16) = c + a b on a tensor core, bf16 factors (16,16) each; `turned`: b comes as its transpose. */
 void multiply_by_tensor_core(float *d, const float *c, const uint16_t *a, const uint16_t *b, bool turned);
 
+/* out (2,32) = in (2,32) by way of shared memory: two copies a thread, each a group of its own, and before out is
+ * written a wait for all but the `newest` groups; newest 2: none. */
+void copy_two_tiles(float *out, const float *in, int newest);
+/* out (65536): every half precision number plus `more`, in half precision. */
+void add_to_halves(uint16_t *out, float more);
+
 /* These end the program. */
 void some_threads_wait_for_the_block(void);
 void two_barriers_at_once(void);
 void half_a_warp_shuffles(void);
 void one_thread_returns_early(void);
 void too_many_threads(void);
+void ends_with_a_copy_under_way(void);
 /* These too, where there are bounds. */
 void past_dynamic_shared(void);
 void past_static_shared(void);

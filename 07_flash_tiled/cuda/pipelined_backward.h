@@ -87,6 +87,7 @@ __global__ static void __launch_bounds__(BACKWARD_THREADS)
     };
     fetch_rows<OWN, D>(own_1, a1 + (size_t)first * HS, count - first, HS);
     fetch_rows<OWN, D>(own_2, a2 + (size_t)first * HS, count - first, HS);
+    copy_async_commit();
     if (begin < end)
         fetch(begin, 0);
 
@@ -149,8 +150,9 @@ __global__ static void __launch_bounds__(BACKWARD_THREADS)
     }
 }
 
-/* dS of one pair again, by plain dot products: a bias as large as S costs as much as all the rest. */
-struct RecomputedScores {
+/* dS of one pair again, by plain dot products: a bias as large as S costs as much as all the rest. (A name of its own: chapter 6's
+ * RecomputedScores is in the same program, and two that differ must not share one.) */
+struct RecomputedFromBf16 {
     const Gradients *g;
     const AttentionShape *s;
 
@@ -185,7 +187,7 @@ struct RecomputedScores {
 
 __global__ static void bias_kernel(Gradients gradients, AttentionShape shape, Broadcast axes)
 {
-    sum_into_bias(gradients.dbias, &shape, axes, RecomputedScores{&gradients, &shape});
+    sum_into_bias(gradients.dbias, &shape, axes, RecomputedFromBf16{&gradients, &shape});
 }
 
 /* ---- For the table ---- */
