@@ -146,7 +146,7 @@ gpu: all
 # PyTorch's own bars beside ours, where a Python with PyTorch is at hand.
 PYTHON ?= python3
 peers: all
-	@$(PYTHON) common/pytorch_peers.py && sh common/charts.sh $(BUILD)/demo
+	@$(PYTHON) common/pytorch_peers.py && sh common/charts.sh $(BUILD)/$(if $(filter cuda,$(DEVICE)),gpu,demo)
 
 # libFuzzer on what reads foreign bytes. FUZZ_SECONDS each, side by side.
 FUZZ_SECONDS ?= 60

@@ -18,6 +18,7 @@ extern const Chapter chapter;
 
 typedef struct {
     FILE *file; /* NULL: none is wanted */
+    const char *machine;
     int failed;
 } Report;
 
@@ -36,7 +37,7 @@ static void __attribute__((format(printf, 3, 4))) claim(Report *report, bool hol
 static void write_figure(Report *report, const char *what, double figure, const char *unit)
 {
     if (report->file)
-        fprintf(report->file, "%s\t%s\t%.7g\t%s\n", machine_name(), what, isnan(figure) ? NAN : figure,
+        fprintf(report->file, "%s\t%s\t%.7g\t%s\n", report->machine, what, isnan(figure) ? NAN : figure,
                 unit); /* never -nan */
 }
 
@@ -241,27 +242,193 @@ static void tell_kernels(Report *report)
           "both: a row half masked is the same with -1e9 and with -inf, bit for bit");
 }
 
+/* ---- What a GPU adds: TF32, a launch that does not wait, a mask as a tensor. On the stand-in the same code walks at a size
+ * for it, and what it prints of time means nothing. ---- */
+
+typedef struct {
+    const Accelerator *device;
+    float *a, *b, *out;
+    int n;
+    bool tf32;
+} Product;
+
+static void launch_product(void *context)
+{
+    const Product *p = context;
+    p->device->multiply(p->out, p->a, p->b, p->n, p->tf32);
+}
+
+enum { TURNS = 11 };
+
+/* Of the first row, against sums in double: the L2 norm of what it is off by, relative. */
+static double row_error(const float *out, const float *a, const float *b, int n)
+{
+    double off = 0, all = 0;
+    for (int j = 0; j < n; j++) {
+        double sum = 0;
+        for (int k = 0; k < n; k++)
+            sum += (double)a[k] * b[(size_t)k * n + j];
+        off += (out[j] - sum) * (out[j] - sum);
+        all += sum * sum;
+    }
+    return sqrt(off / all);
+}
+
+static void tell_tf32(Report *report, const Accelerator *device)
+{
+    int n = device == accelerator(DEVICE_CUDA) ? 4096 : 128;
+    size_t count = (size_t)n * n, bytes = count * sizeof(float);
+    float *a = allocate_floats(count), *b = allocate_floats(count), *row = allocate_floats(n);
+    RandomStream stream;
+    seed_stream(&stream, STREAM_CPU, 123);
+    draw_randn(&stream, a, count);
+    draw_randn(&stream, b, count);
+    Product p = {device, device->allocate(bytes), device->allocate(bytes), device->allocate(bytes), n, false};
+    device->copy_to(p.a, a, bytes);
+    device->copy_to(p.b, b, bytes);
+
+    double ms[2][TURNS], error[2];
+    for (int turn = -1; turn < TURNS; turn++) /* the first warms up */
+        for (int tf32 = 0; tf32 < 2; tf32++) {
+            p.tf32 = tf32;
+            double took = device->time_ms(launch_product, &p);
+            if (turn >= 0)
+                ms[tf32][turn] = took;
+            device->copy_from(row, p.out, n * sizeof(float));
+            error[tf32] = row_error(row, a, b, n);
+        }
+    double f32_ms = median(ms[0], TURNS), tf32_ms = median(ms[1], TURNS);
+    claim(report, error[0] < 1e-5 && error[1] > 1e-4 && error[1] < 2e-3,
+          "a product of two %d x %d matrices is off by %.1e in float32, by %.1e with TF32", n, n, error[0],
+          error[1]);
+    printf("    float32 takes %.2f times as long\n", f32_ms / tf32_ms);
+    write_figure(report, "a product in float32: error", error[0], "of the L2 norm");
+    write_figure(report, "a product with TF32: error", error[1], "of the L2 norm");
+    write_figure(report, "a product: float32 over TF32", f32_ms / tf32_ms, "times as long");
+    device->release(p.a);
+    device->release(p.b);
+    device->release(p.out);
+    free(a);
+    free(b);
+    free(row);
+}
+
+/* `tiled`, causal: by the flag, and by a tensor of 0 and -inf. */
+static void open_tiled(Run *run, Options *options, const Chapter *there, bool tensor)
+{
+    bool large = there->device == DEVICE_CUDA;
+    char *words[] = {"run",
+                     "--device",
+                     (char *)device_name(there->device),
+                     "--heads",
+                     "12",
+                     "--tokens",
+                     large ? "4096" : "70",
+                     "--head-size",
+                     "64",
+                     "--causal"};
+    parse_options(options, sizeof words / sizeof *words - tensor, words);
+    if (tensor) {
+        size_t T = options->tokens;
+        options->bias = (NpyArray){.axes = 2, .size = {T, T}, .count = T * T, .data = allocate_floats(T * T)};
+        for (size_t i = 0; i < T * T; i++)
+            options->bias.data[i] = i % T <= i / T ? 0 : -INFINITY;
+    }
+    Refusal refusal = open_run(run, there, kernel_named(there, "tiled"), options, NULL, 1);
+    if (refusal.exit_code)
+        die(refusal.exit_code, "kernel tiled %s", refusal.reason);
+}
+
+static void tell_launches(Report *report, const Accelerator *device, const Chapter *there)
+{
+    Run run[2];
+    Options options[2];
+    double ms[2][TURNS], launch[TURNS];
+    char text[400];
+    for (int tensor = 0; tensor < 2; tensor++) {
+        open_tiled(&run[tensor], &options[tensor], there, tensor);
+        bool right = check_run(&run[tensor]);
+        check_text(text, sizeof text, &run[tensor]);
+        claim(report, right, "tiled, causal by %s: %s", tensor ? "a tensor" : "the flag", text);
+    }
+    for (int turn = 0; turn < TURNS; turn++) {
+        for (int tensor = 0; tensor < 2; tensor++)
+            ms[tensor][turn] = device->time_ms(launch_run, &run[tensor]);
+        double start = now();
+        launch_run(&run[0]);
+        launch[turn] = 1e3 * (now() - start);
+        device->finish();
+    }
+    size_t out = run[0].out_size;
+    double apart = furthest_apart(run[0].t.out, run[1].t.out, out);
+    claim(report, apart <= 1e-6, "the two are the same, to %.1e", apart);
+    double flag = median(ms[0], TURNS), tensor = median(ms[1], TURNS), unsynchronised = median(launch, TURNS);
+    printf("    the tensor takes %.2f times as long as the flag\n", tensor / flag);
+    printf("    a clock stopped when the launch returns sees %.3f of the time that it takes%s\n",
+           unsynchronised / flag,
+           there->device == DEVICE_CUDA ? "" : ": the stand-in's launch returns when all is done");
+    write_figure(report, "tiled, causal: a tensor over the flag", tensor / flag, "times as long");
+    write_figure(report, "tiled: a clock that does not wait sees", unsynchronised / flag, "of the time");
+    for (int i = 0; i < 2; i++) {
+        close_run(&run[i]);
+        free_options(&options[i]);
+    }
+}
+
+static void tell_device(Report *report, Device where)
+{
+    const char *missing = device_missing(where);
+    if (missing)
+        die(EXIT_UNAVAILABLE, "--device %s cannot be had here (%s); leave it out", device_name(where),
+            missing);
+    const Accelerator *device = accelerator(where);
+    Kernel rows[MAX_DEVICE_ROWS];
+    Chapter there = chapter_on(&chapter, where, rows);
+    report->machine = device->machine();
+    printf("TF32 on and off, a mask as a tensor, and a clock that does not wait: %s%s\n", report->machine,
+           where == DEVICE_CUDA ? "" : ", where times mean nothing: it stands in for a GPU");
+    tell_tf32(report, device);
+    tell_launches(report, device, &there);
+}
+
+/* ---- The mode ---- */
+
+static void tell_processor(Report *report)
+{
+    printf("The first call against later ones, 12 heads of 64, 1024 tokens, float32; simd comes first, and "
+           "so starts "
+           "the threads; materialised starts the BLAS\n");
+    tell_cold(report, "simd");
+    tell_cold(report, "materialised");
+    printf("\n-1e9 against -inf as a mask: textbook softmax of %d scores, each step rounded to the type\n",
+           KEYS);
+    tell_types(report);
+    printf("\nThe same with the kernels, float32\n");
+    tell_kernels(report);
+}
+
 int run_claims(int argc, char **argv)
 {
-    const char *path = argc == 2 && strcmp(argv[0], "--tsv") == 0 ? argv[1] : NULL;
-    if (argc > 0 && !path)
-        die(EXIT_USAGE, "./run claims takes --tsv FILE and nothing else");
-    Report report = {.file = path ? fopen(path, "w") : NULL};
+    const char *path = NULL;
+    Device where = DEVICE_CPU;
+    for (int i = 0; i < argc; i += 2) {
+        bool tsv = strcmp(argv[i], "--tsv") == 0, device = strcmp(argv[i], "--device") == 0;
+        bool simt = device && i + 1 < argc && strcmp(argv[i + 1], "simt") == 0;
+        bool cuda = device && i + 1 < argc && strcmp(argv[i + 1], "cuda") == 0;
+        if (!(tsv || simt || cuda) || i + 1 == argc)
+            die(EXIT_USAGE, "./run claims takes --tsv FILE and --device simt|cuda, and nothing else");
+        path = tsv ? argv[i + 1] : path;
+        where = simt ? DEVICE_SIMT : cuda ? DEVICE_CUDA : where;
+    }
+    Report report = {.file = path ? fopen(path, "w") : NULL, .machine = machine_name()};
     if (path && !report.file)
         die(EXIT_USAGE, "--tsv cannot write %s: %s", path, strerror(errno));
     if (report.file)
         fprintf(report.file, "machine\tclaim\tfigure\tunit\n");
-
-    printf("The first call against later ones, 12 heads of 64, 1024 tokens, float32; simd comes first, and "
-           "so starts "
-           "the threads; materialised starts the BLAS\n");
-    tell_cold(&report, "simd");
-    tell_cold(&report, "materialised");
-    printf("\n-1e9 against -inf as a mask: textbook softmax of %d scores, each step rounded to the type\n",
-           KEYS);
-    tell_types(&report);
-    printf("\nThe same with the kernels, float32\n");
-    tell_kernels(&report);
+    if (where == DEVICE_CPU)
+        tell_processor(&report);
+    else
+        tell_device(&report, where);
     if (report.file && fclose(report.file) != 0)
         die(EXIT_USAGE, "--tsv cannot write %s: %s", path, strerror(errno));
     printf("\n%s\n", report.failed ? "✗ not all of it holds" : "✓ all of it holds");

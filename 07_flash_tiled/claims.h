@@ -1,4 +1,5 @@
-/* ./run claims: what a first call costs, and -1e9 against -inf as a mask. */
+/* ./run claims: what a first call costs, and -1e9 against -inf as a mask. With --device, what needs one: TF32 on and off, a mask as
+ * a tensor against the flag, and a clock that does not wait for what was launched. */
 #ifndef CLAIMS_H
 #define CLAIMS_H
 

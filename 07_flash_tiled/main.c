@@ -307,7 +307,11 @@ static const ChapterMode modes[] = {
      "matrix and "
      "without, over many layers",
      run_layers},
-    {"claims", "[--tsv FILE]: the first call against later ones; -1e9 against -inf", run_claims},
+    {"claims",
+     "[--tsv FILE]: the first call against later ones; -1e9 against -inf. --device simt|cuda: TF32, a mask "
+     "tensor, "
+     "launches",
+     run_claims},
     {0},
 };
 

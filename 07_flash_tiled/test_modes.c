@@ -71,3 +71,23 @@ Test(claims, hold)
     fclose(file);
     unlink(path);
 }
+
+#ifdef HAVE_SIMT
+Test(claims, of_a_device_hold_on_the_stand_in)
+{
+    char path[] = "/tmp/claims-XXXXXX";
+    int file = mkstemp(path);
+    cr_assert(file >= 0);
+    close(file);
+    char *words[] = {"--device", "simt", "--tsv", path};
+    cr_expect(run_claims(4, words) == 0);
+    FILE *tsv = fopen(path, "r");
+    int lines = 0;
+    for (int c; tsv && (c = getc(tsv)) != EOF;)
+        lines += c == '\n';
+    cr_expect(lines == 6, "a header and five figures, not %d lines", lines);
+    if (tsv)
+        fclose(tsv);
+    remove(path);
+}
+#endif

@@ -37,12 +37,13 @@ bench 01_self_attention 01_self_attention/speed.tsv $size --kernel v2
 bench 02_causal_attention 02_causal_attention/speed.tsv $size --kernel causal
 bench 02_causal_attention 02_causal_attention/speed.tsv $size --kernel causal --dropout 0.1
 
-# nine PASS TSV REPEAT: the notebook's implementations 1 to 9
+# nine PASS TSV REPEAT [OPTIONS..]: the notebook's implementations 1 to 9
 nine() {
-    notebook="--batch 8 --tokens 1024 --embed 768 --heads 12 --pass $1 --repeat $3"
+    notebook="--batch 8 --tokens 1024 --embed 768 --heads 12 --pass $1 --repeat $3" file=$2
+    shift 3
     for kernel in 03_multihead_wrapper:wrapper 04_packed_qkv:split-heads 04_packed_qkv:packed-qkv 05_einsum_style:einsum \
         07_flash_tiled:sdpa 07_flash_tiled:sdpa-mask 04_packed_qkv:torch-mha 07_flash_tiled:torch-mha-noweights 09_block_sparse:flex; do
-        bench "${kernel%:*}" "common/$2" $notebook --kernel "${kernel#*:}"
+        bench "${kernel%:*}" "common/$file" $notebook "$@" --kernel "${kernel#*:}"
     done
 }
 
@@ -52,6 +53,13 @@ sh common/notebook_table.sh "$demo/common/notebook.tsv"
 say "== The same, forward and backward"
 nine both notebook_both.tsv 2
 sh common/notebook_table.sh "$demo/common/notebook_both.tsv"
+if "$build/07_flash_tiled/run" --list | grep -q '^sdpa .*,cuda$'; then
+    say "== The same on the GPU, forward; then both"
+    nine forward notebook_gpu.tsv 20 --device cuda
+    sh common/notebook_table.sh "$demo/common/notebook_gpu.tsv"
+    nine both notebook_gpu_both.tsv 20 --device cuda
+    sh common/notebook_table.sh "$demo/common/notebook_gpu_both.tsv"
+fi
 
 say "== Time over T, 4 heads of 64"
 for tokens in 128 256 512 1024 2048 4096; do

@@ -30,6 +30,9 @@ typedef struct {
     double (*time_ms)(void (*run)(void *context), void *context);
     /* GFLOP/s of its vendor's own product of matrices, float32 (without TF32) or bf16; 0: nothing to compare with */
     double (*peak_gflops)(double ms, bool bf16);
+    /* out (n,n) = a b, all on the device, by the vendor's library: in float32, or with its factors rounded to TF32, which has 10
+     * bits of fraction where float32 has 23. Launched, not waited for. */
+    void (*multiply)(float *out, const float *a, const float *b, int n, bool tf32);
 } Accelerator;
 
 #ifdef __cplusplus

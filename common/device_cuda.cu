@@ -108,7 +108,7 @@ static double time_ms(void (*run)(void *context), void *context)
 
 #ifdef HAVE_CUBLAS
 /* Two n x n matrices and their product, one behind the other; sums are float32. */
-static void multiply(int n, void *matrices, bool bf16)
+static void multiply_for_peak(int n, void *matrices, bool bf16)
 {
     float one = 1, zero = 0, *a = (float *)matrices;
     size_t next = (size_t)n * n;
@@ -135,12 +135,12 @@ static double peak_gflops(double ms, bool bf16)
         size_t bytes = 3 * (bf16 ? sizeof(uint16_t) : sizeof(float)) * n * n;
         CHECK(cudaMalloc(&matrices[bf16], bytes));
         CHECK(cudaMemset(matrices[bf16], 0x3D, bytes));
-        multiply(n, matrices[bf16], bf16); /* the first is slow */
+        multiply_for_peak(n, matrices[bf16], bf16); /* the first is slow */
     }
     finish();
     double start = now(), seconds, rounds = 0;
     do {
-        multiply(n, matrices[bf16], bf16);
+        multiply_for_peak(n, matrices[bf16], bf16);
         finish();
         rounds++;
         seconds = now() - start;
@@ -150,6 +150,19 @@ static double peak_gflops(double ms, bool bf16)
     (void)ms;
     (void)bf16;
     return 0;
+#endif
+}
+
+static void multiply(float *out, const float *a, const float *b, int n, bool tf32)
+{
+#ifdef HAVE_CUBLAS
+    CHECK_CUBLAS(
+        cublasSetMathMode(cublas_handle(), tf32 ? CUBLAS_TF32_TENSOR_OP_MATH : CUBLAS_PEDANTIC_MATH));
+    device_matmul('N', 'N', n, n, n, 1, a, n, b, n, 0, out, n);
+    CHECK_CUBLAS(cublasSetMathMode(cublas_handle(), CUBLAS_PEDANTIC_MATH));
+#else
+    (void)out, (void)a, (void)b, (void)n, (void)tf32;
+    die(EXIT_UNAVAILABLE, "this build has no cuBLAS; install it beside nvcc and type make again");
 #endif
 }
 
@@ -166,4 +179,5 @@ extern "C" const Accelerator accelerator_cuda = {
     .finish = finish,
     .time_ms = time_ms,
     .peak_gflops = peak_gflops,
+    .multiply = multiply,
 };

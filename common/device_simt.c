@@ -2,8 +2,10 @@
 #include "benchmark.h"
 #include "device.h"
 #include "error.h"
+#include "matmul.h"
 #include "memory.h"
 
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -50,6 +52,31 @@ static double peak_gflops(double ms, bool bf16)
     return 0;
 }
 
+/* To the nearest with 13 bits less; ties away from zero, as cvt.rna.tf32 has them. */
+static float *rounded_to_tf32(const float *from, size_t count)
+{
+    float *to = allocate_floats(count);
+    for (size_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, from + i, sizeof bits);
+        bits = (bits + 0x1000) & ~(uint32_t)0x1FFF;
+        memcpy(to + i, &bits, sizeof bits);
+    }
+    return to;
+}
+
+static void multiply(float *out, const float *a, const float *b, int n, bool tf32)
+{
+    if (!tf32) {
+        matmul('N', 'N', n, n, n, 1, a, n, b, n, 0, out, n);
+        return;
+    }
+    float *a_rounded = rounded_to_tf32(a, (size_t)n * n), *b_rounded = rounded_to_tf32(b, (size_t)n * n);
+    matmul('N', 'N', n, n, n, 1, a_rounded, n, b_rounded, n, 0, out, n);
+    free(a_rounded);
+    free(b_rounded);
+}
+
 const Accelerator accelerator_simt = {
     .name = "simt",
     .missing = missing,
@@ -63,4 +90,5 @@ const Accelerator accelerator_simt = {
     .finish = finish,
     .time_ms = time_ms,
     .peak_gflops = peak_gflops,
+    .multiply = multiply,
 };

@@ -1,6 +1,6 @@
 #!/bin/sh
-# make gpu: all that wants a GPU, in this order: every kernel against the oracle, the notebook's implementations, the A100's rows, every
-# kernel over T, then compute-sanitizer. Needs neither Criterion nor a network. Results land in build/gpu, step by step (steps.sh); to
+# make gpu: all that wants a GPU, in this order: every kernel against the oracle, the claims that need one, the notebook's implementations,
+# the A100's rows, every kernel over T, (32,32,2048,224), then compute-sanitizer; tables and charts. Needs neither Criterion nor a network. Results land in build/gpu, step by step (steps.sh); to
 # start anew, remove it.   GPU=simt: the same on the CPU stand-in, at sizes for it.
 set -u
 build=${BUILD:-build}
@@ -11,14 +11,14 @@ if ! "$build/07_flash_tiled/run" --list | grep '^tiled ' | grep -q "[ ,]$device\
     echo "error: no kernel can run with --device $device here; ./run --list says why. GPU=simt make gpu tries it on the CPU" >&2
     exit 3
 fi
-mkdir -p "$folder/check" "$folder/notebook" "$folder/a100" "$folder/tokens" "$folder/sanitizer" || exit 2
+mkdir -p "$folder/check" "$folder/claims" "$folder/notebook" "$folder/memory" "$folder/a100" "$folder/tokens" "$folder/sanitizer" || exit 2
 . common/steps.sh
 
 if [ "$device" = simt ]; then
-    notebook="--batch 1 --tokens 48 --embed 24 --heads 3" most=96 lengths="32 64" tokens_in_all=64 width=64 sizes="16 32" repeat=2
+    notebook="--batch 1 --tokens 48 --embed 24 --heads 3" most=96 lengths="32 64" tokens_in_all=64 width=64 sizes="16 32" repeat=2 batches="1 2" memory="--heads 2 --tokens 40 --head-size 224"
 else
     notebook="--batch 8 --tokens 1024 --embed 768 --heads 12" most=8192 lengths="1024 2048 4096 8192 16384" tokens_in_all=16384
-    width=2048 sizes="64 128" repeat=20
+    width=2048 sizes="64 128" repeat=20 batches="1 32" memory="--heads 32 --tokens 2048 --head-size 224"
 fi
 
 # kernels_of CHAPTER qkv|x [PASS]: its kernels that the device can run, those that have the pass
@@ -83,6 +83,16 @@ tokens_steps() {
     done
 }
 
+# The SDPA notebook's (32,32,2048,224), for which its math path had no memory. What takes more than there is says so; pipelined's heads end at 128.
+memory_steps() {
+    for kernel in 06_online_softmax:materialised $(kernels_of 07_flash_tiled qkv | sed '/^pipelined$/d; s/^/07_flash_tiled:/'); do
+        for batch in $batches; do
+            step "memory/${kernel#*:}-$batch" 10 "${kernel%:*}" \
+                "--device $device --dtype $(dtype_of "${kernel%:*}" "${kernel#*:}") --kernel ${kernel#*:} --repeat $repeat --batch $batch $memory"
+        done
+    done
+}
+
 sanitizer_steps() {
     [ "$device" = cuda ] && command -v compute-sanitizer > /dev/null 2>&1 || return 0
     for program in "$build"/0*/run; do
@@ -117,13 +127,36 @@ walk() {
     esac
 }
 
-{ check_steps; notebook_steps; a100_steps; tokens_steps; sanitizer_steps; } > "$list"
+{ check_steps; step claims/numbers 10 07_flash_tiled "claims --device $device"; notebook_steps; a100_steps; tokens_steps; memory_steps; sanitizer_steps; } > "$list"
 touch "$folder/seconds"
 walk_all
-for name in notebook a100 tokens; do
+for name in notebook a100 tokens memory; do
     awk 'FNR > 1 || !header++' "$folder/$name"/*.tsv > "$folder/$name.tsv"
     echo "$folder/$name.tsv: $(($(wc -l < "$folder/$name.tsv") - 1)) rows"
 done
 grep -h 'checks passed' "$folder"/check/*.txt
+
+# ---- Charts: the notebook's, and every kernel over T ----
+
+# rows FILE NAME VALUE ..: its rows whose columns NAME have these values, under its header
+rows() {
+    file=$1
+    shift
+    awk -F '\t' -v wanted="$*" '
+        BEGIN { n = split(wanted, want, " ") }
+        NR == 1 { for (i = 1; i <= NF; i++) at[$i] = i; print; next }
+        { for (i = 1; i < n; i += 2) if ($at[want[i]] != want[i + 1]) next; print }' "$file"
+}
+mkdir -p "$folder/common" "$folder/07_flash_tiled"
+rows "$folder/notebook.tsv" pass forward > "$folder/common/notebook_gpu.tsv"
+rows "$folder/notebook.tsv" pass both > "$folder/common/notebook_gpu_both.tsv"
+for size in $sizes; do
+    for mask in none causal; do
+        for pass in forward backward; do
+            rows "$folder/tokens.tsv" head_size $size mask $mask pass $pass > "$folder/07_flash_tiled/ladder_${size}_${mask}_$pass.tsv"
+        done
+    done
+done
+sh common/charts.sh "$folder"
 [ $status = 0 ] && echo "All steps are done." || echo "Some steps failed: the same command tries them again." >&2
 exit $status

@@ -1,6 +1,7 @@
 # The notebook's speed chart: implementations 1 to 9 as bars. Variables: data (number, label, ms, PyTorch ms or nan, forced ms
-# or nan), output (without ending), machine, what (forward or both), peers (1 where PyTorch's columns are filled), title_text.
+# or nan), output (without ending), machine, what (forward or both), peers (how many of PyTorch's columns are filled: 0, 1, 2), title_text.
 set encoding utf8
+number(ms) = ms < 10 ? sprintf("%.2g", ms) : sprintf("%.0f", ms)
 set style data boxes
 set boxwidth (peers ? 0.27 : 0.6)
 set style fill solid 1.0 noborder
@@ -18,7 +19,7 @@ ours = "#1b6ca8"; installed = "#d9853b"; forced = "#8a8a8a"
 set label 1 "this book" at screen 0.98, 0.97 right textcolor rgb ours
 if (peers) {
     set label 2 "PyTorch as installed" at screen 0.98, 0.93 right textcolor rgb installed
-    set label 3 "PyTorch, MKL forced fast" at screen 0.98, 0.89 right textcolor rgb forced
+    if (peers > 1) { set label 3 "PyTorch, MKL forced fast" at screen 0.98, 0.89 right textcolor rgb forced }
 }
 do for [ending in "svg png"] {
     if (ending eq "svg") {
@@ -29,13 +30,13 @@ do for [ending in "svg png"] {
     set output output . "." . ending
     if (peers) {
         plot data using ($1-0.28):3 lc rgb ours, \
-             data using ($1-0.28):3:(sprintf("%.0f", $3)) with labels offset 0,0.6 font ",9" textcolor rgb ours, \
+             data using ($1-0.28):3:(number($3)) with labels offset 0,0.6 font ",9" textcolor rgb ours, \
              data using 1:4:xtic(2) lc rgb installed, \
-             data using 1:4:(sprintf("%.0f", $4)) with labels offset 0,0.6 font ",9" textcolor rgb installed, \
+             data using 1:4:(number($4)) with labels offset 0,0.6 font ",9" textcolor rgb installed, \
              data using ($1+0.28):5 lc rgb forced, \
-             data using ($1+0.28):5:(sprintf("%.0f", $5)) with labels offset 0,0.6 font ",9" textcolor rgb forced
+             data using ($1+0.28):5:(number($5)) with labels offset 0,0.6 font ",9" textcolor rgb forced
     } else {
         plot data using 1:3:xtic(2) lc rgb ours, \
-             data using 1:3:(sprintf("%.0f", $3)) with labels offset 0,0.6 textcolor rgb ours
+             data using 1:3:(number($3)) with labels offset 0,0.6 textcolor rgb ours
     }
 }

@@ -2,12 +2,18 @@
 """Puts PyTorch's own bars beside ours. Optional: nothing in this book needs it.
 
     make demo && PYTHON=python-with-torch make peers
+    make gpu && PYTHON=python-with-torch DEVICE=cuda make peers      on a GPU
 
 Times the nine modules of the mha-implementations notebook, (8, 1024, 768) with 12 heads, forward (or with PASS=both forward and backward) on the CPU: ours, PyTorch
 as installed, and PyTorch with MKL's fast path forced (on processors of another maker than Intel's, MKL takes a slow path unless
 a preloaded function says otherwise). One run, interleaved round by round, medians. Writes build/demo/common/pytorch.tsv (or
 pytorch_both.tsv), which the charts pick up, and prints the table.
+
+With DEVICE=cuda both run on the GPU, float32 without TF32, timed by its own events after the last-level cache was emptied
+(build/gpu/common/pytorch_gpu.tsv or pytorch_gpu_both.tsv). Then PyTorch's attention alone, its backends one at a time, over the lengths of
+make gpu, in float32 and bf16 (build/gpu/pytorch_attention.tsv). A backend that refuses is named with its reason, and leaves no row.
 """
+import itertools
 import os
 import statistics
 import subprocess
@@ -17,6 +23,7 @@ import time
 
 BATCH, TOKENS, EMBED, HEADS = 8, 1024, 768, 12
 BOTH = os.environ.get("PASS", "forward") == "both"
+DEVICE = os.environ.get("DEVICE", "cpu")
 CHAPTER = {
     "wrapper": "03_multihead_wrapper", "split-heads": "04_packed_qkv", "packed-qkv": "04_packed_qkv",
     "einsum": "05_einsum_style", "sdpa": "07_flash_tiled", "sdpa-mask": "07_flash_tiled",
@@ -106,7 +113,7 @@ def modules(torch):
     def flex():
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
         heads, proj = packed()
-        mask = create_block_mask(lambda b, h, q, kv: q >= kv, None, None, TOKENS, TOKENS, device="cpu")
+        mask = create_block_mask(lambda b, h, q, kv: q >= kv, None, None, TOKENS, TOKENS, device=DEVICE)
 
         def forward(x):
             q, k, v = heads(x)
@@ -120,12 +127,77 @@ def modules(torch):
     }
 
 
+def stopwatch(torch):
+    """A function that runs another and returns its milliseconds: by this machine's clock, or by the GPU's events."""
+    def on_cpu(run):
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
+
+    def on_gpu(run):
+        cache.zero_()
+        start.record()
+        run()
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop)
+
+    if DEVICE == "cpu":
+        return on_cpu
+    cache = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device=DEVICE)
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    return on_gpu
+
+
+def time_backends(torch, lengths, head_sizes, tokens_in_all, width, repeats):
+    """Rows of PyTorch's attention, (B,NH,T,HS) with B*T and NH*HS fixed: each backend alone, forward and backward."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    timed, rows = stopwatch(torch), []
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH):
+        refused = None
+        for dtype, size, tokens, causal in itertools.product((torch.float32, torch.bfloat16), head_sizes, lengths, (False, True)):
+            shape = (tokens_in_all // tokens, width // size, tokens, size)
+            try:
+                q, k, v, dout = (torch.randn(shape, dtype=dtype, device=DEVICE) for _ in range(4))
+                for tensor in (q, k, v):
+                    tensor.requires_grad_()
+                forward, backward = [], []
+                with sdpa_kernel(backend):
+                    for turn in range(repeats + 1):
+                        kept = []
+                        forward.append(timed(lambda: kept.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal))))
+                        backward.append(timed(lambda: torch.autograd.grad(kept[0], (q, k, v), dout)))
+            except RuntimeError as problem:  # no such kernel for this, or out of memory
+                refused = f"{backend.name}, {dtype}, heads of {size}: {str(problem).splitlines()[0]}"
+                continue
+            flops = 4 * shape[0] * shape[1] * tokens * tokens * size / (2 if causal else 1)
+            for kind, ms, times in (("forward", forward, 1), ("backward", backward, 2.5)):
+                median = statistics.median(ms[1:])  # the first was warm-up
+                rows.append([backend.name, str(dtype).split(".")[1], kind, size, tokens, "causal" if causal else "none", f"{median:.4f}",
+                             f"{1e-6 * times * flops / median:.1f}"])
+        if refused:
+            print(f"refused: {refused}", file=sys.stderr)
+    return rows
+
+
+def write_backends(path, machine):
+    import torch
+    rows = time_backends(torch, (1024, 2048, 4096, 8192, 16384), (64, 128), 16384, 2048, 20)
+    with open(path, "w") as file:
+        file.write("machine\tkernel\tdtype\tpass\thead_size\ttokens\tmask\tms_median\tgflops\n")
+        for row in rows:
+            file.write("\t".join([machine, *map(str, row)]) + "\n")
+    print(f"wrote {path}")
+
+
 def work():
     """A worker: reads a module's name a line, times one forward pass, answers with milliseconds (nan where it cannot run)."""
     import warnings
     import torch
     warnings.filterwarnings("ignore")
     torch.manual_seed(123)
+    torch.set_default_device(DEVICE)
+    timed = stopwatch(torch)
     x = torch.randn(BATCH, TOKENS, EMBED)
     makers, ready = modules(torch), {}
     if BOTH:
@@ -145,9 +217,7 @@ def work():
                 if name not in ready:
                     ready[name] = makers[name]()
                     run(name)  # warm
-                start = time.perf_counter()
-                run(name)
-                answer = 1e3 * (time.perf_counter() - start)
+                answer = timed(lambda: run(name))
             except Exception as problem:  # a module that this PyTorch lacks leaves a gap, not a stop
                 if makers[name]:
                     print(f"{name}: {problem}", file=sys.stderr)
@@ -179,7 +249,7 @@ def time_ours(build, name, folder):
     if os.path.exists(tsv):
         os.remove(tsv)
     subprocess.run([f"{build}/{CHAPTER[name]}/run", "--kernel", name, "--batch", str(BATCH), "--tokens", str(TOKENS),
-                    "--embed", str(EMBED), "--heads", str(HEADS), "--pass", "both" if BOTH else "forward", "--bench", "--repeat", "2", "--tsv", tsv],
+                    "--embed", str(EMBED), "--heads", str(HEADS), "--pass", "both" if BOTH else "forward", "--device", DEVICE, "--bench", "--repeat", "2", "--tsv", tsv],
                    check=True, stdout=subprocess.DEVNULL)
     row = read_tsv(tsv)[0]
     return float(row["ms_median"]), row["machine"]
@@ -188,14 +258,17 @@ def time_ours(build, name, folder):
 def main():
     rounds = int(os.environ.get("ROUNDS", "5"))
     build = os.environ.get("BUILD", "build")
-    out = os.path.join(build, "demo/common/pytorch_both.tsv" if BOTH else "demo/common/pytorch.tsv")
+    folder_of = "demo" if DEVICE == "cpu" else "gpu"
+    out = os.path.join(build, folder_of, "common", "pytorch" + ("" if DEVICE == "cpu" else "_gpu") + ("_both" if BOTH else "") + ".tsv")
     os.makedirs(os.path.dirname(out), exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        source, library = os.path.join(folder, "fast.c"), os.path.join(folder, "fast.so")
-        with open(source, "w") as file:
-            file.write("int mkl_serv_intel_cpu_true(void) { return 1; }\n")
-        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
-        workers = {"installed": start_worker(None), "forced": start_worker(library)}
+        workers = {"installed": start_worker(None)}
+        if DEVICE == "cpu":
+            source, library = os.path.join(folder, "fast.c"), os.path.join(folder, "fast.so")
+            with open(source, "w") as file:
+                file.write("int mkl_serv_intel_cpu_true(void) { return 1; }\n")
+            subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+            workers["forced"] = start_worker(library)
         times = {}
         for turn in range(rounds):
             for name in CHAPTER:
@@ -214,11 +287,13 @@ def main():
         file.write("machine\tkernel\tkernel_set\tms_median\tms_min\trepeats\n")
         for (name, kind), value in median.items():
             file.write(f"{machine}\t{name}\t{kind}\t{value:.3f}\t{min(times[name, kind]):.3f}\t{rounds}\n")
-    print(f"{'':22}{'ours':>10}{'installed':>12}{'forced':>10}   PyTorch's time over ours")
+    print(f"{'':22}{'ours':>10}" + "".join(f"{kind:>12}" for kind in workers) + "   PyTorch's time over ours")
     for i, name in enumerate(CHAPTER, 1):
-        ours, installed, forced = (median[name, kind] for kind in ("ours", "installed", "forced"))
-        print(f"{i} {name:20}{ours:10.1f}{installed:12.1f}{forced:10.1f}   {installed / ours:.2f} {forced / ours:.2f}")
+        ours, theirs = median[name, "ours"], [median[name, kind] for kind in workers]
+        print(f"{i} {name:20}{ours:10.1f}" + "".join(f"{ms:12.1f}" for ms in theirs) + "  " + "".join(f" {ms / ours:.2f}" for ms in theirs))
     print(f"wrote {out}")
+    if DEVICE == "cuda" and not BOTH:
+        write_backends(os.path.join(build, "gpu", "pytorch_attention.tsv"), machine)
 
 
 if __name__ == "__main__":

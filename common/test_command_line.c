@@ -113,6 +113,9 @@ static const BadLine bad[] = {
     /* devices and memory */
     {FLASH, "--device cuda", 3, "--device cpu"},
 #ifdef HAVE_SIMT
+    {FLASH, "claims --device tpu", 2, "--device simt|cuda"},
+    {FLASH, "claims --tsv", 2, "--tsv FILE"},
+    {FLASH, "claims --device cuda", 3, "leave it out"},
     {FLASH, "--device simt --kernel mma", 2, "kernel mma takes --dtype bf16, not f32"},
     {FLASH, "--device simt --kernel tiled --dtype bf16", 2, "kernel tiled takes --dtype f32, not bf16"},
     {FLASH, "--device simt --kernel mma --dtype bf16 --head-size 5", 2,
