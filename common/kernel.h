@@ -98,6 +98,7 @@ typedef struct Kernel {
     /* Why it cannot do this shape, as "takes one head, not --heads 3", to stand behind "error: kernel NAME ";
      * NULL: it can. */
     const char *(*refuses)(const AttentionShape *s);
+    const char *(*refuses_backward)(const AttentionShape *s); /* what only its backward cannot do */
 
     /* Modules only. */
     OwnMask own_mask;

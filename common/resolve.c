@@ -210,8 +210,10 @@ static void find_reason(Problem *p, const Kernel *kernel, const Options *o)
         reason = "has no --tile to choose";
     else if (o->block && !kernel->blocked)
         reason = "has no --block to choose";
-    else if (kernel->refuses)
-        reason = kernel->refuses(s);
+    else if (kernel->refuses && (reason = kernel->refuses(s)))
+        ;
+    else if (kernel->refuses_backward && o->pass != PASS_FORWARD)
+        reason = kernel->refuses_backward(s);
     snprintf(p->reason, sizeof p->reason, "%s", reason ? reason : "");
 }
 

@@ -120,8 +120,10 @@ static const BadLine bad[] = {
     {FLASH, "--device simt --kernel tiled --dtype bf16", 2, "kernel tiled takes --dtype f32, not bf16"},
     {FLASH, "--device simt --kernel mma --dtype bf16 --head-size 5", 2,
      "kernel mma takes --head-size 8, 16 .. 256, not 5"},
-    {FLASH, "--device simt --kernel pipelined --dtype bf16 --heads 1 --tokens 9 --head-size 136", 2,
-     "kernel pipelined takes --head-size 8, 16 .. 128, not 136"},
+    {FLASH, "--device simt --kernel pipelined --dtype bf16 --heads 1 --tokens 9 --head-size 264", 2,
+     "kernel pipelined takes --head-size 8, 16 .. 256, not 264"},
+    {FLASH, "--device simt --kernel pipelined --dtype bf16 --pass both --heads 1 --tokens 9 --head-size 136",
+     2, "kernel pipelined has a backward for --head-size 8, 16 .. 128 only"},
     {FLASH, "--device simt --kernel simd", 2, "for --device simt; it has tiled"},
 #else
     {FLASH, "--device simt", 3, "no-C++-compiler"},

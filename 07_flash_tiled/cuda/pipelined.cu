@@ -3,13 +3,18 @@
  * size, padded with zeros. The pointers are the device's. */
 #include "pipelined_backward.h"
 
-enum { M = 2, WARPS = 4, Br = 16 * M * WARPS };
+enum { WARPS = 4 };
+
+/* 16 rows at a time: two to a warp, or one where O takes the registers of two. */
+template <int D> constexpr int SIXTEENS = D <= 128 ? 2 : 1;
+
+template <int D> constexpr int Br = 16 * SIXTEENS<D> *WARPS;
 
 /* PLAIN: causal or not, nothing else to ask or to add. The rest takes registers, and its tiles are half as wide. */
-template <int D, bool PLAIN> constexpr int Bc = (D == 64 ? 128 : 64) / (PLAIN ? 1 : 2);
+template <int D, bool PLAIN> constexpr int Bc = 8192 / D / (PLAIN ? 1 : 2);
 
 /* Forbidden pairs become -inf; a bias is added, in the powers of two that exp2 takes. */
-template <int N, bool PLAIN>
+template <int M, int N, bool PLAIN>
 __device__ static void change_scores(float (&S)[M][N / 8][4], const AttentionShape *s, int b, int h,
                                      int first, int from, bool whole, bool folded)
 {
@@ -31,14 +36,15 @@ __global__ static void __launch_bounds__(WARPS *WARP, 2)
     pipelined_kernel(bf16 *out, float *lse, const bf16 *q, const bf16 *k, const bf16 *v, AttentionShape shape)
 {
     DYNAMIC_SHARED(uint4, shared);
-    const int N = Bc<D, PLAIN>;
+    const int M = SIXTEENS<D>, N = Bc<D, PLAIN>;
     const AttentionShape *s = &shape;
-    bf16 *q_tile = (bf16 *)shared, *k_tiles = q_tile + Br * D, *v_tiles = k_tiles + 2 * N * D;
+    bf16 *q_tile = (bf16 *)shared, *k_tiles = q_tile + Br<D> * D, *v_tiles = k_tiles + 2 * N * D;
     int HS = s->head_size, warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t4 = threadIdx.x % 4;
-    int row_tiles = (s->tokens + Br - 1) / Br;
+    int row_tiles = (s->tokens + Br<D> - 1) / Br<D>;
     size_t bh = blockIdx.x / row_tiles;
     int b = (int)(bh / s->heads), h = (int)(bh % s->heads);
-    int first = (row_tiles - 1 - (int)(blockIdx.x % row_tiles)) * Br, past = smaller(first + Br, s->tokens);
+    int first = (row_tiles - 1 - (int)(blockIdx.x % row_tiles)) * Br<D>,
+        past = smaller(first + Br<D>, s->tokens);
     int mine = first + warp * 16 * M, end = keys_end(s, b, past - 1);
     const bf16 *k_bh = k + key_row(s, b, h, 0), *v_bh = v + key_row(s, b, h, 0);
 
@@ -46,7 +52,7 @@ __global__ static void __launch_bounds__(WARPS *WARP, 2)
     bool folded = PLAIN || (s->scale > 0 && !s->bias);
     float factor = folded ? s->scale * LOG2_E : 1, one_over_kept = 1 / (1 - s->dropout);
 
-    fetch_rows<Br, D>(q_tile, q + query_row(s, b, h, first), past - first, HS);
+    fetch_rows<Br<D>, D>(q_tile, q + query_row(s, b, h, first), past - first, HS);
     fetch_rows<N, D>(k_tiles, k_bh, end, HS);
     fetch_rows<N, D>(v_tiles, v_bh, end, HS);
     copy_async_commit();
@@ -68,7 +74,7 @@ __global__ static void __launch_bounds__(WARPS *WARP, 2)
         multiply_rows<M, N, D>(S, q_tile, warp * 16 * M, k_tiles + tile * N * D);
         bool whole = attends_to_tile(s, b, mine, from + N);
         if (!whole || !folded)
-            change_scores<N, PLAIN>(S, s, b, h, mine, from, whole, folded);
+            change_scores<M, N, PLAIN>(S, s, b, h, mine, from, whole, folded);
 
         UNROLL for (int j = 0; j < M; j++) UNROLL for (int r = 0; r < 2; r++)
         {
@@ -118,8 +124,8 @@ __global__ static void __launch_bounds__(WARPS *WARP, 2)
 
 template <int D, bool PLAIN> static void launch_as(const Tensors *t, const AttentionShape *s)
 {
-    size_t tiles = (size_t)s->batch * s->heads * ((s->tokens + Br - 1) / Br);
-    size_t bytes = sizeof(bf16) * D * (Br + 4 * Bc<D, PLAIN>);
+    size_t tiles = (size_t)s->batch * s->heads * ((s->tokens + Br<D> - 1) / Br<D>);
+    size_t bytes = sizeof(bf16) * D * (Br<D> + 4 * Bc<D, PLAIN>);
     ALLOW_SHARED((pipelined_kernel<D, PLAIN>), bytes);
     LAUNCH((pipelined_kernel<D, PLAIN>), (unsigned)tiles, WARPS * WARP, bytes, (bf16 *)t->out, t->lse,
            (const bf16 *)t->q, (const bf16 *)t->k, (const bf16 *)t->v, *s);
@@ -135,12 +141,17 @@ template <int D> static void launch(const Tensors *t, const AttentionShape *s)
 
 static void forward_pipelined(const Tensors *t, const AttentionShape *s)
 {
-    s->head_size <= 64 ? launch<64>(t, s) : launch<128>(t, s);
+    s->head_size <= 64 ? launch<64>(t, s) : s->head_size <= 128 ? launch<128>(t, s) : launch<256>(t, s);
 }
 
 static const char *refuses(const AttentionShape *s)
 {
-    return refuses_head_size(s, 128);
+    return refuses_head_size(s, 256);
+}
+
+static const char *refuses_backward(const AttentionShape *s)
+{
+    return s->head_size > 128 ? "has a backward for --head-size 8, 16 .. 128 only" : NULL;
 }
 
 DEVICE_TABLE(pipelined) = {
@@ -152,6 +163,7 @@ DEVICE_TABLE(pipelined) = {
      .backward_workspace = workspace_pipelined,
      .dropout = DROPOUT_POSITION,
      .bf16 = true,
-     .refuses = refuses},
+     .refuses = refuses,
+     .refuses_backward = refuses_backward},
     {},
 };
