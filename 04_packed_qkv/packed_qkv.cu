@@ -1,5 +1,5 @@
-/* The twins of packed_qkv.c and packed_qkv_backward.c on a GPU: all heads of a batch entry in one launch, found by strides where
- * the projection left them. The shapes are in packed_qkv.h, and the pointers are the device's. */
+/* The twins of packed_qkv.c and packed_qkv_backward.c on a GPU: all heads in one launch, found where the projection left them, by
+ * pointers forward and by strides backward. The shapes are in packed_qkv.h, and the pointers are the device's. */
 #include "kernel.h"
 #include "philox.h"
 #include "cuda_linear.h"
@@ -39,24 +39,54 @@ __global__ static void softmax_kernel(float *weights, float *softmax, int T, flo
     }
 }
 
-static void attend_heads(float *context, float *weights, float *softmax, const float *q, const float *k,
-                         const float *v, int row_stride, const AttentionShape *s)
+/* Where each head of each batch entry begins, for cuBLAS to find: `entry` numbers from one entry to the next, `head` from one
+ * head to the next. */
+__global__ static void point_to_heads_kernel(const float **at, const float *first, size_t entry, size_t head,
+                                             int NH, int count)
 {
-    int T = s->tokens, NH = s->heads, HS = s->head_size, C_out = NH * HS;
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x)
+        at[i] = first + i / NH * entry + i % NH * head;
+}
+
+enum { Q_AT, K_AT, V_AT, WEIGHTS_AT, CONTEXT_AT, TENSORS };
+
+/* The workspace of their pointers, two floats each. */
+static size_t pointer_floats(const AttentionShape *s)
+{
+    return (size_t)TENSORS * s->batch * s->heads * 2;
+}
+
+static const float *const *point_to_heads(float *pointers, int tensor, const float *first, size_t entry,
+                                          size_t head, const AttentionShape *s)
+{
+    int count = s->batch * s->heads;
+    const float **at = (const float **)pointers + (size_t)tensor * count;
+    LAUNCH(point_to_heads_kernel, blocks_for(count / WARP + 1), MOST_WARPS * WARP, 0, at, first, entry, head,
+           s->heads, count);
+    return at;
+}
+
+static void attend_heads(float *context, float *weights, float *softmax, float *pointers, const float *q,
+                         const float *k, const float *v, int row_stride, const AttentionShape *s)
+{
+    int T = s->tokens, NH = s->heads, HS = s->head_size, C_out = NH * HS, count = s->batch * NH;
     size_t square = (size_t)T * T, entry = (size_t)T * row_stride;
 
-    /* weights = softmax(scale Q K^T). From one head to the next it is HS columns. */
-    for (int b = 0; b < s->batch; b++)
-        device_matmul_strided_batch('N', 'T', T, T, HS, s->scale, q + b * entry, row_stride, HS,
-                                    k + b * entry, row_stride, HS, 0, weights + b * NH * square, T, square,
-                                    NH);
+    /* From one head to the next it is HS columns, from one entry to the next T rows. */
+    const float *const *q_bh = point_to_heads(pointers, Q_AT, q, entry, HS, s);
+    const float *const *k_bh = point_to_heads(pointers, K_AT, k, entry, HS, s);
+    const float *const *v_bh = point_to_heads(pointers, V_AT, v, entry, HS, s);
+    const float *const *weights_bh = point_to_heads(pointers, WEIGHTS_AT, weights, NH * square, square, s);
+    const float *const *context_bh = point_to_heads(pointers, CONTEXT_AT, context, (size_t)T * C_out, HS, s);
+
+    /* weights = softmax(scale Q K^T) */
+    device_matmul_pointer_batch('N', 'T', T, T, HS, s->scale, q_bh, row_stride, k_bh, row_stride, 0,
+                                (float *const *)weights_bh, T, count);
     LAUNCH(softmax_kernel, blocks_for(lse_count(s)), MOST_WARPS * WARP, 0, weights, softmax, T, s->dropout,
            s->dropout_seed, lse_count(s));
     /* context = weights V, straight to the head's columns: concatenation costs nothing */
-    for (int b = 0; b < s->batch; b++)
-        device_matmul_strided_batch('N', 'N', T, HS, T, 1, weights + b * NH * square, T, square,
-                                    v + b * entry, row_stride, HS, 0, context + (size_t)b * T * C_out, C_out,
-                                    HS, NH);
+    device_matmul_pointer_batch('N', 'N', T, HS, T, 1, weights_bh, T, v_bh, row_stride, 0,
+                                (float *const *)context_bh, C_out, count);
 }
 
 /* averaged (B,T,T) = the mean of weights (B,NH,T,T) over the heads: a thread to each number, always in the same order. */
@@ -138,13 +168,22 @@ static const float *softmax_of(const float *weights, const float *before_dropout
     return s->dropout > 0 ? before_dropout : weights;
 }
 
+/* q, k, v, context, the weights before dropout, and pointers. */
+static int workspace_split(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = floats[1] = floats[2] = floats[3] = tokens_of(s) * s->embed_out;
+    floats[4] = s->dropout > 0 ? weights_count(s) : 0;
+    floats[5] = pointer_floats(s);
+    return 6;
+}
+
 static void forward_split(const Tensors *t, const AttentionShape *s)
 {
-    float *const *kept = t->workspace; /* q, k, v, context, the weights before dropout */
+    float *const *kept = t->workspace;
     int C = s->embed, C_out = s->embed_out;
     for (int i = 0; i < 3; i++)
         device_linear(kept[i], t->x, t->parameter[i], NULL, tokens_of(s), C, C_out);
-    attend_heads(kept[3], t->weights, kept[4], kept[0], kept[1], kept[2], C_out, s);
+    attend_heads(kept[3], t->weights, kept[4], kept[5], kept[0], kept[1], kept[2], C_out, s);
     device_linear(t->out, kept[3], t->parameter[3], t->parameter[4], tokens_of(s), C_out, C_out);
 }
 
@@ -170,12 +209,23 @@ static void backward_split(const Tensors *t, const AttentionShape *s)
 
 /* ---- packed-qkv: one projection, three times as wide. ---- */
 
+/* qkv, context, the weights before dropout, and pointers. */
+static int workspace_packed(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = tokens_of(s) * 3 * s->embed_out;
+    floats[1] = tokens_of(s) * s->embed_out;
+    floats[2] = s->dropout > 0 ? weights_count(s) : 0;
+    floats[3] = pointer_floats(s);
+    return 4;
+}
+
 static void forward_packed(const Tensors *t, const AttentionShape *s)
 {
     float *qkv = t->workspace[0], *context = t->workspace[1], *softmax = t->workspace[2];
     int C = s->embed, C_out = s->embed_out;
     device_linear(qkv, t->x, t->parameter[0], NULL, tokens_of(s), C, 3 * C_out);
-    attend_heads(context, t->weights, softmax, qkv, qkv + C_out, qkv + 2 * C_out, 3 * C_out, s);
+    attend_heads(context, t->weights, softmax, t->workspace[3], qkv, qkv + C_out, qkv + 2 * C_out, 3 * C_out,
+                 s);
     device_linear(t->out, context, t->parameter[1], t->parameter[2], tokens_of(s), C_out, C_out);
 }
 
@@ -205,6 +255,17 @@ static void backward_packed(const Tensors *t, const AttentionShape *s)
 
 /* ---- torch-mha: packed, one projection more, and the weights averaged over the heads. ---- */
 
+/* qkv, context, attended, the weights of every head, and before dropout, and pointers. */
+static int workspace_torch_mha(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    workspace_packed(s, floats);
+    floats[5] = floats[3];
+    floats[4] = floats[2];
+    floats[3] = weights_count(s);
+    floats[2] = floats[1];
+    return 6;
+}
+
 static void forward_torch_mha(const Tensors *t, const AttentionShape *s)
 {
     float *qkv = t->workspace[0], *context = t->workspace[1], *attended = t->workspace[2];
@@ -213,7 +274,7 @@ static void forward_torch_mha(const Tensors *t, const AttentionShape *s)
     int C = s->embed;
     size_t square = (size_t)s->tokens * s->tokens, count = s->batch * square;
     device_linear(qkv, t->x, in_proj_weight, NULL, tokens_of(s), C, 3 * C);
-    attend_heads(context, weights, softmax, qkv, qkv + C, qkv + 2 * C, 3 * C, s);
+    attend_heads(context, weights, softmax, t->workspace[5], qkv, qkv + C, qkv + 2 * C, 3 * C, s);
     LAUNCH(average_heads_kernel, blocks_for(count / WARP + 1), MOST_WARPS * WARP, 0, averaged, weights,
            s->heads, square, count);
     device_linear(attended, context, inner_weight, NULL, tokens_of(s), C, C);
@@ -255,16 +316,19 @@ DEVICE_TABLE(packed_qkv) = {
      .forward = forward_split,
      .backward = backward_split,
      .backward_workspace = backward_workspace_split,
+     .workspace = workspace_split,
      .dropout = DROPOUT_POSITION},
     {.name = "packed-qkv",
      .forward = forward_packed,
      .backward = backward_packed,
      .backward_workspace = backward_workspace_packed,
+     .workspace = workspace_packed,
      .dropout = DROPOUT_POSITION},
     {.name = "torch-mha",
      .forward = forward_torch_mha,
      .backward = backward_torch_mha,
      .backward_workspace = backward_workspace_torch_mha,
+     .workspace = workspace_torch_mha,
      .dropout = DROPOUT_POSITION},
 #endif
     {},

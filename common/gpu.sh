@@ -51,13 +51,14 @@ notebook_steps() {
 
 a100_steps() {
     for tokens in $((most / 4)) $((most / 2)) $most; do
-        for kernel in 06_online_softmax:materialised 07_flash_tiled:tiled; do
+        for kernel in 06_online_softmax:materialised 07_flash_tiled:tiled 07_flash_tiled:pipelined; do
+            dtype=$(dtype_of "${kernel%:*}" "${kernel#*:}")
             for features in "" "--dropout 0.1" "--bias randn" "--dropout 0.1 --bias randn"; do
                 for causal in "" --causal; do
                     for pass in forward backward both; do
                         name=${kernel#*:}-$tokens-$(echo "$features$causal" | tr -d ' -')-$pass
                         step "a100/$name" 5 "${kernel%:*}" \
-                            "--device $device --kernel ${kernel#*:} --pass $pass --repeat $repeat --heads 12 --tokens $tokens --head-size 128 $features $causal"
+                            "--device $device --dtype $dtype --kernel ${kernel#*:} --pass $pass --repeat $repeat --heads 12 --tokens $tokens --head-size 128 $features $causal"
                     done
                 done
             done
