@@ -35,6 +35,7 @@ static const Case core_cases[] = {
     {"--heads 1 --tokens 33 --head-size 256", AS_DRAWN},
     {"--heads 3 --tokens 97 --head-size 256 --causal", AS_DRAWN},
     {"--heads 1 --tokens 300 --head-size 5 --causal", AS_DRAWN},
+    {"--batch 2 --heads 1 --tokens 40 --key-tokens 70 --head-size 570 --causal", AS_DRAWN},
     {"--batch 3 --heads 2 --tokens 50 --head-size 40 --lengths 50,17,0", AS_DRAWN},
     {"--batch 3 --heads 3 --tokens 70 --head-size 64 --lengths 1,69,70 --causal", AS_DRAWN},
     {"--heads 3 --tokens 150 --head-size 64 --mask window:9", AS_DRAWN},

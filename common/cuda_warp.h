@@ -34,6 +34,13 @@ __device__ static inline float dot(const float *a, const float *b, int n)
     return sum;
 }
 
+/* The dot product of two rows of HS numbers, without the `width` numbers from `first` on. */
+__device__ static inline float dot_outside(const float *a, const float *b, int first, int width, int HS)
+{
+    int next = first + width;
+    return dot(a, b, first) + dot(a + next, b + next, HS - next);
+}
+
 /* The larger of two; a NaN wins, and stays. */
 __device__ static inline float larger(float a, float b)
 {

@@ -9,9 +9,7 @@
 #include "cuda_warp.h"
 #include "kernel.h"
 
-#include <stdio.h>
-
-enum { SIDE = 16, THREADS = SIDE * SIDE, PAD = 4, MOST_HEAD_SIZE = 256 };
+enum { SIDE = 16, THREADS = SIDE * SIDE, PAD = 4, MOST_COLUMNS = 256 };
 
 static const float LOG2_E = 1.44269504f, LN_2 = 0.693147181f; /* exp(x) is exp2(x * LOG2_E), and cheaper so */
 
@@ -28,15 +26,15 @@ __device__ static inline Four four(const float *from)
     return *(const Four *)from;
 }
 
-/* The block starts to copy `count` rows of HS numbers to `Rows` rows of D that lie `stride` apart; zeros fill up the
+/* The block starts to copy `width` of the HS numbers of `count` rows to `Rows` rows of D that lie `stride` apart; zeros fill up the
  * rest. A warp's 32 threads copy 512 bytes that lie behind one another, or 128 where rows do not begin at multiples of 16. */
 template <int D, int Rows>
-__device__ static void fetch_rows(float *to, int stride, const float *from, int count, int HS)
+__device__ static void fetch_rows(float *to, int stride, const float *from, int count, int width, int HS)
 {
     int each = HS % 4 == 0 ? 4 : 1;
     for (int i = threadIdx.x * each; i < Rows * D; i += THREADS * each) {
         int row = i / D, column = i % D;
-        bool there = row < count && column < HS;
+        bool there = row < count && column < width;
         const float *source = there ? from + (size_t)row * HS + column : from;
         if (each == 4)
             copy_async_16(to + row * stride + column, source, there);
@@ -60,6 +58,19 @@ __device__ static void multiply_rows(float (&s)[R][C], const float *a, const flo
         UNROLL for (int n = 0; n < 4; n++) UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int c = 0; c < C; c++) s[r][c] += a4[r].at[n] * b4[c].at[n];
     }
+}
+
+/* s += A B^T over the columns that the tiles do not have, from where they lie: `rows` rows of a, `columns` of b. */
+template <int R, int C>
+__device__ static void add_outside(float (&s)[R][C], const float *a, int rows, const float *b, int columns,
+                                   int column, int width, int HS)
+{
+    int y = threadIdx.x / SIDE, x = threadIdx.x % SIDE;
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++)
+            if (y * R + r < rows && x + c * SIDE < columns)
+                s[r][c] += dot_outside(a + (size_t)(y * R + r) * HS, b + (size_t)(x + c * SIDE) * HS, column,
+                                       width, HS);
 }
 
 /* o += P B for this thread's rows and columns. All lanes of a row read one place in P; of B they read one row, 256 bytes
@@ -109,28 +120,29 @@ __device__ static float row_sum(float value)
 /* Writes factor[r] * o to row first + y * R + r of a tensor that has `rows` of them. */
 template <int D, int R>
 __device__ static void store_rows(float *to, const float (&o)[R][D / SIDE], const float (&factor)[R],
-                                  int first, int rows, int HS)
+                                  int first, int rows, int width, int HS)
 {
     int y = threadIdx.x / SIDE, x = threadIdx.x % SIDE;
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int i = 0; i < D / SIDE; i++)
     {
         int row = first + y * R + r, column = i / 4 * 64 + 4 * x + i % 4;
-        if (row < rows && column < HS)
+        if (row < rows && column < width)
             to[(size_t)row * HS + column] = factor[r] * o[r][i];
     }
 }
 
+/* Of out the columns from `column` on, D at most: a head wider than MOST_COLUMNS takes several launches. */
 template <int D, int R, int C>
 __global__ static void __launch_bounds__(THREADS, BLOCKS<D>)
     async_kernel(float *out, float *lse, const float *q, const float *k, const float *v, AttentionShape shape,
-                 int row_tiles, size_t tiles)
+                 int row_tiles, size_t tiles, int column)
 {
     DYNAMIC_SHARED(Four, shared);
     const int Br = R * SIDE, Bc = C * SIDE;
     float *q_tile = (float *)shared, *k_tile = q_tile + Br * D, *v_tile = k_tile + Bc * (D + PAD);
     float *p_tile = v_tile + Bc * (D + PAD);
     const AttentionShape *s = &shape;
-    int HS = s->head_size, y = threadIdx.x / SIDE, x = threadIdx.x % SIDE;
+    int HS = s->head_size, width = smaller(D, HS - column), y = threadIdx.x / SIDE, x = threadIdx.x % SIDE;
     float scale = s->scale * LOG2_E;
 
     for (size_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -148,19 +160,24 @@ __global__ static void __launch_bounds__(THREADS, BLOCKS<D>)
             l[r] = 0;
         }
         __syncthreads(); /* all are done with the rows before */
-        fetch_rows<D, Br>(q_tile, D, q + query_row(s, b, h, first), past - first, HS);
-        fetch_rows<D, Bc>(k_tile, D + PAD, k + key_row(s, b, h, 0), tile_end, HS);
+        fetch_rows<D, Br>(q_tile, D, q + query_row(s, b, h, first) + column, past - first, width, HS);
+        fetch_rows<D, Bc>(k_tile, D + PAD, k + key_row(s, b, h, 0) + column, tile_end, width, HS);
 
         for (int from = 0; from < tile_end; from += Bc) {
             copy_async_wait<0>();
             __syncthreads(); /* the keys are there, and all are done with the values before */
-            fetch_rows<D, Bc>(v_tile, D + PAD, v + key_row(s, b, h, from), tile_end - from, HS);
+            fetch_rows<D, Bc>(v_tile, D + PAD, v + key_row(s, b, h, from) + column, tile_end - from, width,
+                              HS);
             float p[R][C];
             multiply_rows<D>(p, q_tile, k_tile);
+            if constexpr (D == MOST_COLUMNS)
+                add_outside(p, q + query_row(s, b, h, first), past - first, k + key_row(s, b, h, from),
+                            tile_end - from, column, width, HS);
             copy_async_wait<0>();
             __syncthreads(); /* the values are there, and all are done with the keys */
             if (from + Bc < tile_end)
-                fetch_rows<D, Bc>(k_tile, D + PAD, k + key_row(s, b, h, from + Bc), tile_end - from - Bc, HS);
+                fetch_rows<D, Bc>(k_tile, D + PAD, k + key_row(s, b, h, from + Bc) + column,
+                                  tile_end - from - Bc, width, HS);
 
             UNROLL for (int r = 0; r < R; r++)
             {
@@ -197,7 +214,7 @@ __global__ static void __launch_bounds__(THREADS, BLOCKS<D>)
             if (x == 0 && t < past)
                 lse[lse_index(s, b, h, t)] = (m[r] + log2f(l[r])) * LN_2;
         }
-        store_rows<D>(out + query_row(s, b, h, 0), o, one_over_l, first, past, HS);
+        store_rows<D>(out + query_row(s, b, h, 0) + column, o, one_over_l, first, past, width, HS);
     }
 }
 
@@ -230,7 +247,9 @@ template <int D, int R, int C> static void launch_async(const Tensors *t, const 
     size_t tiles = (size_t)s->batch * s->heads * row_tiles, bytes = shared_bytes<D, R, C>();
     auto kernel = async_kernel<D, R, C>;
     allow_shared(kernel, bytes);
-    LAUNCH(kernel, blocks_of(tiles), THREADS, bytes, t->out, t->lse, t->q, t->k, t->v, *s, row_tiles, tiles);
+    for (int column = 0; column < s->head_size; column += D)
+        LAUNCH(kernel, blocks_of(tiles), THREADS, bytes, t->out, t->lse, t->q, t->k, t->v, *s, row_tiles,
+               tiles, column);
 }
 
 static void forward_async(const Tensors *t, const AttentionShape *s)
@@ -242,10 +261,6 @@ static void forward_async(const Tensors *t, const AttentionShape *s)
 
 static const char *refuses(const AttentionShape *s)
 {
-    static char reason[64];
-    snprintf(reason, sizeof reason, "takes --head-size up to %d, not %d", MOST_HEAD_SIZE, s->head_size);
-    if (s->head_size > MOST_HEAD_SIZE)
-        return reason;
     if (s->mask.kind != MASK_NONE && s->mask.kind != MASK_CAUSAL)
         return "takes no --mask but causal";
     return s->bias ? "takes no --bias" : s->lengths ? "takes no --lengths" : NULL;

@@ -8,9 +8,7 @@
 #include "cuda_warp.h"
 #include "kernel.h"
 
-#include <stdio.h>
-
-enum { SIDE = 16, THREADS = SIDE * SIDE, PAD = 4, MOST_HEAD_SIZE = 256 };
+enum { SIDE = 16, THREADS = SIDE * SIDE, PAD = 4, MOST_COLUMNS = 256 };
 
 static const float LOG2_E = 1.44269504f, LN_2 = 0.693147181f; /* exp(x) is exp2(x * LOG2_E), and cheaper so */
 
@@ -27,14 +25,14 @@ __device__ static inline Four four(const float *from)
     return *(const Four *)from;
 }
 
-/* The block copies `count` rows of HS numbers to `Rows` rows of D that lie `stride` apart; zeros fill up the rest.
+/* The block copies `width` of the HS numbers of `count` rows to `Rows` rows of D that lie `stride` apart; zeros fill up the rest.
  * Neighbouring threads read neighbouring numbers, so that a warp's 32 are one piece of 128 bytes. */
 template <int D, int Rows>
-__device__ static void fetch_rows(float *to, int stride, const float *from, int count, int HS)
+__device__ static void fetch_rows(float *to, int stride, const float *from, int count, int width, int HS)
 {
     for (int i = threadIdx.x; i < Rows * D; i += THREADS) {
         int row = i / D, column = i % D;
-        to[row * stride + column] = row < count && column < HS ? from[(size_t)row * HS + column] : 0;
+        to[row * stride + column] = row < count && column < width ? from[(size_t)row * HS + column] : 0;
     }
 }
 
@@ -52,6 +50,19 @@ __device__ static void multiply_rows(float (&s)[R][C], const float *a, const flo
         UNROLL for (int n = 0; n < 4; n++) UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int c = 0; c < C; c++) s[r][c] += a4[r].at[n] * b4[c].at[n];
     }
+}
+
+/* s += A B^T over the columns that the tiles do not have, from where they lie: `rows` rows of a, `columns` of b. */
+template <int R, int C>
+__device__ static void add_outside(float (&s)[R][C], const float *a, int rows, const float *b, int columns,
+                                   int column, int width, int HS)
+{
+    int y = threadIdx.x / SIDE, x = threadIdx.x % SIDE;
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++)
+            if (y * R + r < rows && x + c * SIDE < columns)
+                s[r][c] += dot_outside(a + (size_t)(y * R + r) * HS, b + (size_t)(x + c * SIDE) * HS, column,
+                                       width, HS);
 }
 
 /* o += P B for this thread's rows and columns. All lanes of a row read one place in P; of B they read one row, 256 bytes
@@ -101,28 +112,29 @@ __device__ static float row_sum(float value)
 /* Writes factor[r] * o to row first + y * R + r of a tensor that has `rows` of them. */
 template <int D, int R>
 __device__ static void store_rows(float *to, const float (&o)[R][D / SIDE], const float (&factor)[R],
-                                  int first, int rows, int HS)
+                                  int first, int rows, int width, int HS)
 {
     int y = threadIdx.x / SIDE, x = threadIdx.x % SIDE;
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int i = 0; i < D / SIDE; i++)
     {
         int row = first + y * R + r, column = i / 4 * 64 + 4 * x + i % 4;
-        if (row < rows && column < HS)
+        if (row < rows && column < width)
             to[(size_t)row * HS + column] = factor[r] * o[r][i];
     }
 }
 
+/* Of out the columns from `column` on, D at most: a head wider than MOST_COLUMNS takes several launches. */
 template <int D, int R, int C>
 __global__ static void __launch_bounds__(THREADS, BLOCKS<D>)
     registers_kernel(float *out, float *lse, const float *q, const float *k, const float *v,
-                     AttentionShape shape, int row_tiles, size_t tiles)
+                     AttentionShape shape, int row_tiles, size_t tiles, int column)
 {
     DYNAMIC_SHARED(Four, shared);
     const int Br = R * SIDE, Bc = C * SIDE;
     float *q_tile = (float *)shared, *k_tile = q_tile + Br * D, *v_tile = k_tile + Bc * (D + PAD);
     float *p_tile = v_tile + Bc * (D + PAD);
     const AttentionShape *s = &shape;
-    int HS = s->head_size, y = threadIdx.x / SIDE, x = threadIdx.x % SIDE;
+    int HS = s->head_size, width = smaller(D, HS - column), y = threadIdx.x / SIDE, x = threadIdx.x % SIDE;
     float scale = s->scale * LOG2_E;
 
     for (size_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -140,15 +152,20 @@ __global__ static void __launch_bounds__(THREADS, BLOCKS<D>)
             l[r] = 0;
         }
         __syncthreads(); /* all are done with the rows before */
-        fetch_rows<D, Br>(q_tile, D, q + query_row(s, b, h, first), past - first, HS);
+        fetch_rows<D, Br>(q_tile, D, q + query_row(s, b, h, first) + column, past - first, width, HS);
 
         for (int from = 0; from < tile_end; from += Bc) {
             __syncthreads(); /* all are done with the tile before */
-            fetch_rows<D, Bc>(k_tile, D + PAD, k + key_row(s, b, h, from), tile_end - from, HS);
-            fetch_rows<D, Bc>(v_tile, D + PAD, v + key_row(s, b, h, from), tile_end - from, HS);
+            fetch_rows<D, Bc>(k_tile, D + PAD, k + key_row(s, b, h, from) + column, tile_end - from, width,
+                              HS);
+            fetch_rows<D, Bc>(v_tile, D + PAD, v + key_row(s, b, h, from) + column, tile_end - from, width,
+                              HS);
             __syncthreads();
             float p[R][C];
             multiply_rows<D>(p, q_tile, k_tile);
+            if constexpr (D == MOST_COLUMNS)
+                add_outside(p, q + query_row(s, b, h, first), past - first, k + key_row(s, b, h, from),
+                            tile_end - from, column, width, HS);
 
             UNROLL for (int r = 0; r < R; r++)
             {
@@ -184,7 +201,7 @@ __global__ static void __launch_bounds__(THREADS, BLOCKS<D>)
             if (x == 0 && t < past)
                 lse[lse_index(s, b, h, t)] = (m[r] + log2f(l[r])) * LN_2;
         }
-        store_rows<D>(out + query_row(s, b, h, 0), o, one_over_l, first, past, HS);
+        store_rows<D>(out + query_row(s, b, h, 0) + column, o, one_over_l, first, past, width, HS);
     }
 }
 
@@ -208,14 +225,15 @@ __global__ static void delta_kernel(float *delta, AttentionBackward g, int HS, s
 /* Queries outside, keys inside: dq. */
 template <int D, int R, int C>
 __global__ static void __launch_bounds__(THREADS)
-    query_kernel(AttentionBackward g, const float *delta, AttentionShape shape, int row_tiles, size_t tiles)
+    query_kernel(AttentionBackward g, const float *delta, AttentionShape shape, int row_tiles, size_t tiles,
+                 int column)
 {
     DYNAMIC_SHARED(Four, shared);
     const int Br = R * SIDE, Bc = C * SIDE;
     float *q_tile = (float *)shared, *dout_tile = q_tile + Br * D, *k_tile = dout_tile + Br * D;
     float *v_tile = k_tile + Bc * (D + PAD), *pair_tile = v_tile + Bc * (D + PAD);
     const AttentionShape *s = &shape;
-    int HS = s->head_size, y = threadIdx.x / SIDE, x = threadIdx.x % SIDE;
+    int HS = s->head_size, width = smaller(D, HS - column), y = threadIdx.x / SIDE, x = threadIdx.x % SIDE;
     float scale = s->scale * LOG2_E;
 
     for (size_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -233,17 +251,25 @@ __global__ static void __launch_bounds__(THREADS)
             row_scale[r] = s->scale;
         }
         __syncthreads(); /* all are done with the rows before */
-        fetch_rows<D, Br>(q_tile, D, g.q + query_row(s, b, h, first), past - first, HS);
-        fetch_rows<D, Br>(dout_tile, D, g.dout + query_row(s, b, h, first), past - first, HS);
+        fetch_rows<D, Br>(q_tile, D, g.q + query_row(s, b, h, first) + column, past - first, width, HS);
+        fetch_rows<D, Br>(dout_tile, D, g.dout + query_row(s, b, h, first) + column, past - first, width, HS);
 
         for (int from = 0; from < tile_end; from += Bc) {
             __syncthreads(); /* all are done with the tile before */
-            fetch_rows<D, Bc>(k_tile, D + PAD, g.k + key_row(s, b, h, from), tile_end - from, HS);
-            fetch_rows<D, Bc>(v_tile, D + PAD, g.v + key_row(s, b, h, from), tile_end - from, HS);
+            fetch_rows<D, Bc>(k_tile, D + PAD, g.k + key_row(s, b, h, from) + column, tile_end - from, width,
+                              HS);
+            fetch_rows<D, Bc>(v_tile, D + PAD, g.v + key_row(s, b, h, from) + column, tile_end - from, width,
+                              HS);
             __syncthreads();
             float p[R][C], d_p[R][C];
             multiply_rows<D>(p, q_tile, k_tile);
             multiply_rows<D>(d_p, dout_tile, v_tile);
+            if constexpr (D == MOST_COLUMNS) {
+                add_outside(p, g.q + query_row(s, b, h, first), past - first, g.k + key_row(s, b, h, from),
+                            tile_end - from, column, width, HS);
+                add_outside(d_p, g.dout + query_row(s, b, h, first), past - first,
+                            g.v + key_row(s, b, h, from), tile_end - from, column, width, HS);
+            }
             UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++)
             {
                 p[r][c] = from + x + c * SIDE < end[r] ? exp2f(scale * p[r][c] - row_lse[r]) : 0;
@@ -252,21 +278,22 @@ __global__ static void __launch_bounds__(THREADS)
             share(pair_tile, d_p);
             add_product<D, R, C>(dq, pair_tile, k_tile);
         }
-        store_rows<D>(g.dq + query_row(s, b, h, 0), dq, row_scale, first, past, HS);
+        store_rows<D>(g.dq + query_row(s, b, h, 0) + column, dq, row_scale, first, past, width, HS);
     }
 }
 
 /* Keys outside, queries inside: dk and dv. Here a row of a thread's tile is a key, a column a query. */
 template <int D, int R, int C>
 __global__ static void __launch_bounds__(THREADS)
-    key_kernel(AttentionBackward g, const float *delta, AttentionShape shape, int key_tiles, size_t tiles)
+    key_kernel(AttentionBackward g, const float *delta, AttentionShape shape, int key_tiles, size_t tiles,
+               int column)
 {
     DYNAMIC_SHARED(Four, shared);
     const int Br = C * SIDE, Bc = R * SIDE;
     float *k_tile = (float *)shared, *v_tile = k_tile + Bc * D, *q_tile = v_tile + Bc * D;
     float *dout_tile = q_tile + Br * (D + PAD), *pair_tile = dout_tile + Br * (D + PAD);
     const AttentionShape *s = &shape;
-    int HS = s->head_size, y = threadIdx.x / SIDE, x = threadIdx.x % SIDE;
+    int HS = s->head_size, width = smaller(D, HS - column), y = threadIdx.x / SIDE, x = threadIdx.x % SIDE;
     float scale = s->scale * LOG2_E;
 
     for (size_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -280,20 +307,27 @@ __global__ static void __launch_bounds__(THREADS)
             one[r] = 1;
         }
         __syncthreads(); /* all are done with the keys before */
-        fetch_rows<D, Bc>(k_tile, D, g.k + key_row(s, b, h, first), past - first, HS);
-        fetch_rows<D, Bc>(v_tile, D, g.v + key_row(s, b, h, first), past - first, HS);
+        fetch_rows<D, Bc>(k_tile, D, g.k + key_row(s, b, h, first) + column, past - first, width, HS);
+        fetch_rows<D, Bc>(v_tile, D, g.v + key_row(s, b, h, first) + column, past - first, width, HS);
 
         for (int from = 0; from < s->tokens; from += Br) {
             int to = smaller(from + Br, s->tokens);
             if (keys_end(s, b, to - 1) <= first)
                 continue;    /* none of these rows sees as far as these keys */
             __syncthreads(); /* all are done with the tile before */
-            fetch_rows<D, Br>(q_tile, D + PAD, g.q + query_row(s, b, h, from), to - from, HS);
-            fetch_rows<D, Br>(dout_tile, D + PAD, g.dout + query_row(s, b, h, from), to - from, HS);
+            fetch_rows<D, Br>(q_tile, D + PAD, g.q + query_row(s, b, h, from) + column, to - from, width, HS);
+            fetch_rows<D, Br>(dout_tile, D + PAD, g.dout + query_row(s, b, h, from) + column, to - from,
+                              width, HS);
             __syncthreads();
             float p[R][C], d_p[R][C];
             multiply_rows<D>(p, k_tile, q_tile);
             multiply_rows<D>(d_p, v_tile, dout_tile);
+            if constexpr (D == MOST_COLUMNS) {
+                add_outside(p, g.k + key_row(s, b, h, first), past - first, g.q + query_row(s, b, h, from),
+                            to - from, column, width, HS);
+                add_outside(d_p, g.v + key_row(s, b, h, first), past - first,
+                            g.dout + query_row(s, b, h, from), to - from, column, width, HS);
+            }
             UNROLL for (int c = 0; c < C; c++)
             {
                 int t = from + x + c * SIDE;
@@ -311,8 +345,8 @@ __global__ static void __launch_bounds__(THREADS)
             share(pair_tile, d_p);
             add_product<D, R, C>(dk, pair_tile, q_tile);
         }
-        store_rows<D>(g.dk + key_row(s, b, h, 0), dk, row_scale, first, past, HS);
-        store_rows<D>(g.dv + key_row(s, b, h, 0), dv, one, first, past, HS);
+        store_rows<D>(g.dk + key_row(s, b, h, 0) + column, dk, row_scale, first, past, width, HS);
+        store_rows<D>(g.dv + key_row(s, b, h, 0) + column, dv, one, first, past, width, HS);
     }
 }
 
@@ -345,7 +379,9 @@ template <int D, int R, int C> static void launch_registers(const Tensors *t, co
     size_t tiles = (size_t)s->batch * s->heads * row_tiles, bytes = shared_bytes<D, R, C>(1);
     auto kernel = registers_kernel<D, R, C>;
     allow_shared(kernel, bytes);
-    LAUNCH(kernel, blocks_of(tiles), THREADS, bytes, t->out, t->lse, t->q, t->k, t->v, *s, row_tiles, tiles);
+    for (int column = 0; column < s->head_size; column += D)
+        LAUNCH(kernel, blocks_of(tiles), THREADS, bytes, t->out, t->lse, t->q, t->k, t->v, *s, row_tiles,
+               tiles, column);
 }
 
 static void forward_registers(const Tensors *t, const AttentionShape *s)
@@ -368,8 +404,12 @@ template <int D, int R, int C> static void launch_backward(const Tensors *t, con
     allow_shared(keys, bytes);
     LAUNCH(delta_kernel, blocks_for(lse_count(s)), MOST_WARPS * WARP, 0, delta, g, s->head_size,
            lse_count(s));
-    LAUNCH(queries, blocks_of(heads * row_tiles), THREADS, bytes, g, delta, *s, row_tiles, heads * row_tiles);
-    LAUNCH(keys, blocks_of(heads * key_tiles), THREADS, bytes, g, delta, *s, key_tiles, heads * key_tiles);
+    for (int column = 0; column < s->head_size; column += D) {
+        LAUNCH(queries, blocks_of(heads * row_tiles), THREADS, bytes, g, delta, *s, row_tiles,
+               heads * row_tiles, column);
+        LAUNCH(keys, blocks_of(heads * key_tiles), THREADS, bytes, g, delta, *s, key_tiles, heads * key_tiles,
+               column);
+    }
 }
 
 static void backward_registers(const Tensors *t, const AttentionShape *s)
@@ -388,10 +428,6 @@ static int backward_workspace(const AttentionShape *s, size_t floats[MAX_BUFFERS
 
 static const char *refuses(const AttentionShape *s)
 {
-    static char reason[64];
-    snprintf(reason, sizeof reason, "takes --head-size up to %d, not %d", MOST_HEAD_SIZE, s->head_size);
-    if (s->head_size > MOST_HEAD_SIZE)
-        return reason;
     if (s->mask.kind != MASK_NONE && s->mask.kind != MASK_CAUSAL)
         return "takes no --mask but causal";
     return s->bias ? "takes no --bias" : s->lengths ? "takes no --lengths" : NULL;

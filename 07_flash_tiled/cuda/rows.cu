@@ -4,18 +4,17 @@
 #include "cuda_warp.h"
 #include "kernel.h"
 
-#include <stdio.h>
-
-enum { Br = 128, MOST_HEAD_SIZE = 256 };
+enum { Br = 128, MOST_COLUMNS = 256 };
 
 static const float LOG2_E = 1.44269504f, LN_2 = 0.693147181f; /* exp(x) is exp2(x * LOG2_E), and cheaper so */
 
+/* Of out the columns from `column` on, D at most: a head wider than MOST_COLUMNS takes several launches. */
 template <int D>
 __global__ static void rows_kernel(float *out, float *lse, const float *q, const float *k, const float *v,
-                                   AttentionShape shape, int row_tiles, size_t tiles)
+                                   AttentionShape shape, int row_tiles, size_t tiles, int column)
 {
     const AttentionShape *s = &shape;
-    int HS = s->head_size;
+    int HS = s->head_size, width = smaller(D, HS - column);
     float scale = s->scale * LOG2_E;
 
     for (size_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -28,23 +27,26 @@ __global__ static void rows_kernel(float *out, float *lse, const float *q, const
         float q_row[D], o[D], m = -INFINITY, l = 0;
         UNROLL for (int i = 0; i < D; i++)
         {
-            q_row[i] = i < HS ? q[query_row(s, b, h, t) + i] : 0;
+            q_row[i] = i < width ? q[query_row(s, b, h, t) + column + i] : 0;
             o[i] = 0;
         }
         int end = keys_end(s, b, t);
         for (int t2 = 0; t2 < end; t2++) {
-            const float *key = k + key_row(s, b, h, t2), *value = v + key_row(s, b, h, t2);
+            const float *key = k + key_row(s, b, h, t2) + column, *value = v + key_row(s, b, h, t2) + column;
             float score = 0;
-            UNROLL for (int i = 0; i < D; i++) score += q_row[i] * (i < HS ? key[i] : 0);
+            UNROLL for (int i = 0; i < D; i++) score += q_row[i] * (i < width ? key[i] : 0);
+            if constexpr (D == MOST_COLUMNS)
+                score += dot_outside(q + query_row(s, b, h, t), k + key_row(s, b, h, t2), column, width, HS);
             score *= scale;
 
             float m_new = fmaxf(m, score), mend = exp2f(m - m_new), p = exp2f(score - m_new);
-            UNROLL for (int i = 0; i < D; i++) o[i] = mend * o[i] + p * (i < HS ? value[i] : 0);
+            UNROLL for (int i = 0; i < D; i++) o[i] = mend * o[i] + p * (i < width ? value[i] : 0);
             l = mend * l + p;
             m = m_new;
         }
 
-        UNROLL for (int i = 0; i < D; i++) if (i < HS) out[query_row(s, b, h, t) + i] = l == 0 ? 0 : o[i] / l;
+        UNROLL for (int i = 0; i < D; i++) if (i < width) out[query_row(s, b, h, t) + column + i] =
+            l == 0 ? 0 : o[i] / l;
         lse[lse_index(s, b, h, t)] = (m + log2f(l)) * LN_2;
     }
 }
@@ -56,7 +58,8 @@ template <int D> static void launch_rows(const Tensors *t, const AttentionShape 
     int row_tiles = (s->tokens + Br - 1) / Br;
     size_t tiles = (size_t)s->batch * s->heads * row_tiles;
     int blocks = tiles < MOST_BLOCKS ? (int)tiles : MOST_BLOCKS;
-    LAUNCH(rows_kernel<D>, blocks, Br, 0, t->out, t->lse, t->q, t->k, t->v, *s, row_tiles, tiles);
+    for (int column = 0; column < s->head_size; column += D)
+        LAUNCH(rows_kernel<D>, blocks, Br, 0, t->out, t->lse, t->q, t->k, t->v, *s, row_tiles, tiles, column);
 }
 
 static void forward_rows(const Tensors *t, const AttentionShape *s)
@@ -68,10 +71,6 @@ static void forward_rows(const Tensors *t, const AttentionShape *s)
 
 static const char *refuses(const AttentionShape *s)
 {
-    static char reason[64];
-    snprintf(reason, sizeof reason, "takes --head-size up to %d, not %d", MOST_HEAD_SIZE, s->head_size);
-    if (s->head_size > MOST_HEAD_SIZE)
-        return reason;
     if (s->mask.kind != MASK_NONE && s->mask.kind != MASK_CAUSAL)
         return "takes no --mask but causal";
     return s->bias ? "takes no --bias" : s->lengths ? "takes no --lengths" : NULL;

@@ -4,27 +4,27 @@
 #include "cuda_warp.h"
 #include "kernel.h"
 
-#include <stdio.h>
-
-enum { Br = 128, MOST_HEAD_SIZE = 256 };
+enum { Br = 128, MOST_COLUMNS = 256 };
 
 static const float LOG2_E = 1.44269504f, LN_2 = 0.693147181f; /* exp(x) is exp2(x * LOG2_E), and cheaper so */
 
-/* The block copies `count` rows of HS numbers to rows of D; zeros fill up the rest. Neighbouring threads read
+/* The block copies `width` of the HS numbers of `count` rows to rows of D; zeros fill up the rest. Neighbouring threads read
  * neighbouring numbers, so that a warp's 32 are one piece of 128 bytes. */
-template <int D> __device__ static void fetch_rows(float (*to)[D], const float *from, int count, int HS)
+template <int D>
+__device__ static void fetch_rows(float (*to)[D], const float *from, int count, int width, int HS)
 {
     for (int i = threadIdx.x; i < count * D; i += Br)
-        to[i / D][i % D] = i % D < HS ? from[(size_t)(i / D) * HS + i % D] : 0;
+        to[i / D][i % D] = i % D < width ? from[(size_t)(i / D) * HS + i % D] : 0;
 }
 
+/* Of out the columns from `column` on, D at most: a head wider than MOST_COLUMNS takes several launches. */
 template <int D, int Bc>
 __global__ static void shared_kernel(float *out, float *lse, const float *q, const float *k, const float *v,
-                                     AttentionShape shape, int row_tiles, size_t tiles)
+                                     AttentionShape shape, int row_tiles, size_t tiles, int column)
 {
     __shared__ float k_tile[Bc][D], v_tile[Bc][D]; /* all lanes read one number: no two banks collide */
     const AttentionShape *s = &shape;
-    int HS = s->head_size;
+    int HS = s->head_size, width = smaller(D, HS - column);
     float scale = s->scale * LOG2_E;
 
     for (size_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -35,21 +35,24 @@ __global__ static void shared_kernel(float *out, float *lse, const float *q, con
         float q_row[D], o[D], m = -INFINITY, l = 0;
         UNROLL for (int i = 0; i < D; i++)
         {
-            q_row[i] = t < past && i < HS ? q[query_row(s, b, h, t) + i] : 0;
+            q_row[i] = t < past && i < width ? q[query_row(s, b, h, t) + column + i] : 0;
             o[i] = 0;
         }
         int end = t < past ? keys_end(s, b, t) : 0, tile_end = keys_end(s, b, past - 1);
         for (int from = 0; from < tile_end; from += Bc) {
             int to = smaller(from + Bc, tile_end);
             __syncthreads(); /* all rows are done with the tile before */
-            fetch_rows<D>(k_tile, k + key_row(s, b, h, from), to - from, HS);
-            fetch_rows<D>(v_tile, v + key_row(s, b, h, from), to - from, HS);
+            fetch_rows<D>(k_tile, k + key_row(s, b, h, from) + column, to - from, width, HS);
+            fetch_rows<D>(v_tile, v + key_row(s, b, h, from) + column, to - from, width, HS);
             __syncthreads();
 
             for (int t2 = from; t2 < smaller(to, end); t2++) {
                 const float *key = k_tile[t2 - from], *value = v_tile[t2 - from];
                 float score = 0;
                 UNROLL for (int i = 0; i < D; i++) score += q_row[i] * key[i];
+                if constexpr (D == MOST_COLUMNS)
+                    score +=
+                        dot_outside(q + query_row(s, b, h, t), k + key_row(s, b, h, t2), column, width, HS);
                 score *= scale;
 
                 float m_new = fmaxf(m, score), mend = exp2f(m - m_new), p = exp2f(score - m_new);
@@ -61,7 +64,8 @@ __global__ static void shared_kernel(float *out, float *lse, const float *q, con
 
         if (t >= past)
             continue;
-        UNROLL for (int i = 0; i < D; i++) if (i < HS) out[query_row(s, b, h, t) + i] = l == 0 ? 0 : o[i] / l;
+        UNROLL for (int i = 0; i < D; i++) if (i < width) out[query_row(s, b, h, t) + column + i] =
+            l == 0 ? 0 : o[i] / l;
         lse[lse_index(s, b, h, t)] = (m + log2f(l)) * LN_2;
     }
 }
@@ -74,7 +78,8 @@ template <int D, int Bc> static void launch_shared(const Tensors *t, const Atten
     size_t tiles = (size_t)s->batch * s->heads * row_tiles;
     int blocks = tiles < MOST_BLOCKS ? (int)tiles : MOST_BLOCKS;
     auto kernel = shared_kernel<D, Bc>;
-    LAUNCH(kernel, blocks, Br, 0, t->out, t->lse, t->q, t->k, t->v, *s, row_tiles, tiles);
+    for (int column = 0; column < s->head_size; column += D)
+        LAUNCH(kernel, blocks, Br, 0, t->out, t->lse, t->q, t->k, t->v, *s, row_tiles, tiles, column);
 }
 
 static void forward_shared(const Tensors *t, const AttentionShape *s)
@@ -86,10 +91,6 @@ static void forward_shared(const Tensors *t, const AttentionShape *s)
 
 static const char *refuses(const AttentionShape *s)
 {
-    static char reason[64];
-    snprintf(reason, sizeof reason, "takes --head-size up to %d, not %d", MOST_HEAD_SIZE, s->head_size);
-    if (s->head_size > MOST_HEAD_SIZE)
-        return reason;
     if (s->mask.kind != MASK_NONE && s->mask.kind != MASK_CAUSAL)
         return "takes no --mask but causal";
     return s->bias ? "takes no --bias" : s->lengths ? "takes no --lengths" : NULL;
