@@ -1,13 +1,14 @@
 #!/bin/sh
-# make figures [MACHINE=name]: keeps what make demo and make tables measured. Copies TSVs, charts and outputs into each chapter's
-# measured/ (the front page's into common/measured/, the tables into 07_flash_tiled/measured/tables/), with the machine's name if
+# make figures [MACHINE=name]: keeps what make demo, make tables and make gpu measured. Copies TSVs, charts and outputs into each chapter's
+# measured/ (the front page's into common/measured/, the tables into 07_flash_tiled/measured/tables/, a GPU's into 07_flash_tiled/measured/gpu/), with the machine's name if
 # one is given, and rewrites the READMEs' blocks.
 set -u
 build=${BUILD:-build}
 demo=$build/demo
 tables=$build/tables
-if [ ! -f "$demo/common/notebook.tsv" ] && [ ! -d "$tables" ]; then
-    echo "error: nothing is measured yet; type make demo (or make tables) first" >&2
+gpu=$build/gpu
+if [ ! -f "$demo/common/notebook.tsv" ] && [ ! -d "$tables" ] && [ ! -d "$gpu" ]; then
+    echo "error: nothing is measured yet; type make demo (or make tables, make gpu) first" >&2
     exit 2
 fi
 if [ -n "${MACHINE:-}" ]; then
@@ -30,5 +31,16 @@ if [ -d "$tables" ]; then
     for file in "$tables"/*.tsv "$tables"/*.md "$tables"/*.svg "$tables"/*.png; do
         [ -f "$file" ] && cp "$file" 07_flash_tiled/measured/tables/
     done
+fi
+if [ -f "$gpu/tokens.tsv" ]; then
+    if awk -F '\t' '$4 == "simt" { found = 1 } END { exit !found }' "$gpu/tokens.tsv"; then
+        echo "$gpu is left out: the stand-in only tried it, and its times mean nothing"
+    else
+        mkdir -p 07_flash_tiled/measured/gpu
+        cp "$gpu/claims/numbers.tsv" 07_flash_tiled/measured/gpu/claims.tsv
+        for file in "$gpu"/*.tsv "$gpu"/07_flash_tiled/* "$gpu"/common/*; do
+            [ -f "$file" ] && cp "$file" 07_flash_tiled/measured/gpu/
+        done
+    fi
 fi
 sh common/readme.sh

@@ -16,7 +16,7 @@ Attention in C, step by step
   make test         every test
   make tables       published tables, measured here (most of an hour; can be stopped and taken up again)
   make gpu          on a machine with a GPU: every check, timing and race check there is for one (can be stopped and taken up again)
-  make figures      after make demo: keep its tables and charts, rewrite the READMEs' blocks
+  make figures      after make demo, tables or gpu: keep its tables and charts, rewrite the READMEs' blocks
   make clean        remove what was built
 
 Found on this machine:
