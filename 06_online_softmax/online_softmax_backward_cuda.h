@@ -136,16 +136,10 @@ struct RecomputedScores {
 
     __device__ float operator()(const Rectangle &r) const
     {
-        float sum = 0;
-        for (int t = r.t; t < r.t_end; t++) {
-            float row_sum = 0; /* a sum of sums loses less to rounding than one long one */
-            for (int t2 = r.t2 + r.lane; t2 < r.t2_end; t2 += r.lanes) {
-                Pair pair;
-                row_sum += recompute(&pair, g, delta, s, r.b, r.h, t, t2) ? pair.d_score : 0;
-            }
-            sum += row_sum;
-        }
-        return sum;
+        return sum_of_pairs(r, [&](int t, int t2) {
+            Pair pair;
+            return recompute(&pair, g, delta, s, r.b, r.h, t, t2) ? pair.d_score : 0;
+        });
     }
 };
 

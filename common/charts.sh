@@ -12,13 +12,19 @@ trap 'rm -rf "$tmp"' EXIT
 
 # column FILE NAME: a column's values
 column() { awk -F '\t' -v name="$2" 'NR == 1 { for (i = 1; i <= NF; i++) at[$i] = i; next } { print $at[name] }' "$1"; }
-has_gpu() { [ "$(column "$1" device | head -n 1)" != cpu ]; }
-machine_of() { column "$1" machine | head -n 1; }
-threads_of() { has_gpu "$1" && echo "device $(column "$1" device | head -n 1)" && return; n=$(column "$1" threads | head -n 1); [ "$n" = 1 ] && echo "1 thread" || echo "$n threads"; }
+# first FILE NAME: the first of them
+first() { column "$1" "$2" | head -n 1; }
+machine_of() { first "$1" machine; }
+threads_of() {
+    case $(first "$1" device):$(first "$1" threads) in
+    cpu:1) echo "1 thread" ;;
+    cpu:*) echo "$(first "$1" threads) threads" ;;
+    *) echo "device $(first "$1" device)" ;;
+    esac
+}
 
 # nine_bars NAME PEERS WHAT: common/NAME.tsv, with PyTorch's bars from common/PEERS.tsv where there are any
 nine_bars() {
-    first() { column "$notebook" "$1" | head -n 1; }
     notebook=$folder/common/$1.tsv peers=$folder/common/$2.tsv
     [ -f "$notebook" ] || return 0
     [ -f "$peers" ] || peers=/dev/null
@@ -37,7 +43,7 @@ nine_bars() {
         function ours_of(kernel) { return (kernel, "ours") in peer ? peer[kernel, "ours"] : ms[kernel] } # of the same run
         function value(kernel, set) { return (kernel, set) in peer ? peer[kernel, set] : "nan" }
     ' "$peers" "$notebook" | tr '\t' ' ' > "$tmp/bars"
-    gnuplot -e "data='$tmp/bars'; output='$folder/common/$1'; machine='$(machine_of "$notebook"), $(threads_of "$notebook")'; what='$3'; peers=$([ "$peers" = /dev/null ] && echo 0 || grep -c -m 2 'wrapper.*\(installed\|forced\)' "$peers"); title_text='Nine ways to multi-head attention: $(first batch) x $(first tokens) tokens x $(first embed), $(first heads) heads'" common/notebook.gp || exit 1
+    gnuplot -e "data='$tmp/bars'; output='$folder/common/$1'; machine='$(machine_of "$notebook"), $(threads_of "$notebook")'; what='$3'; peers=$([ "$peers" = /dev/null ] && echo 0 || grep -c -m 2 'wrapper.*\(installed\|forced\)' "$peers"); title_text='Nine ways to multi-head attention: $(first "$notebook" batch) x $(first "$notebook" tokens) tokens x $(first "$notebook" embed), $(first "$notebook" heads) heads'" common/notebook.gp || exit 1
 }
 nine_bars notebook pytorch "forward"
 nine_bars notebook_both pytorch_both "forward and backward"
@@ -47,10 +53,9 @@ nine_bars notebook_gpu_both pytorch_gpu_both "forward and backward"
 # The ladder on a GPU: 07_flash_tiled/ladder_HEADSIZE_MASK_PASS.tsv, with PyTorch's backends from pytorch_attention.tsv where there are any
 for tsv in "$folder"/07_flash_tiled/ladder_*.tsv; do
     [ -f "$tsv" ] && [ "$(wc -l < "$tsv")" -gt 1 ] || continue
-    first() { column "$tsv" "$1" | head -n 1; }
     peers=$folder/pytorch_attention.tsv
     [ -f "$peers" ] || peers=/dev/null
-    awk -F '\t' -v OFS='\t' -v size="$(first head_size)" -v mask="$(first mask)" -v pass="$(first pass)" '
+    awk -F '\t' -v OFS='\t' -v size="$(first "$tsv" head_size)" -v mask="$(first "$tsv" mask)" -v pass="$(first "$tsv" pass)" '
         NR == 1 { for (i = 1; i <= NF; i++) at[$i] = i; print; next }
         $at["head_size"] == size && $at["mask"] == mask && $at["pass"] == pass {
             sub(/_ATTENTION/, "", $at["kernel"])
@@ -58,7 +63,7 @@ for tsv in "$folder"/07_flash_tiled/ladder_*.tsv; do
             print
         }' "$peers" > "$tmp/peers"
     kernels=$({ column "$tsv" kernel; column "$tmp/peers" kernel; } | awk '!seen[$0]++' | tr '\n' ' ')
-    gnuplot -e "data='$tsv $tmp/peers'; output='${tsv%.tsv}'; kernels='$kernels'; title_text=\"$(first pass), heads of $(first head_size), $(($(first tokens) * $(first batch))) tokens in all, mask $(first mask)\n$(machine_of "$tsv"), $(threads_of "$tsv")\"" common/ladder.gp || exit 1
+    gnuplot -e "data='$tsv $tmp/peers'; output='${tsv%.tsv}'; kernels='$kernels'; title_text=\"$(first "$tsv" pass), heads of $(first "$tsv" head_size), $(($(first "$tsv" tokens) * $(first "$tsv" batch))) tokens in all, mask $(first "$tsv" mask)\n$(machine_of "$tsv"), $(threads_of "$tsv")\"" common/ladder.gp || exit 1
 done
 
 # over_tokens FOLDER NAME KERNELS TITLE: FOLDER/NAME.tsv becomes a chart of that name

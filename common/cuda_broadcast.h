@@ -55,6 +55,19 @@ __device__ static void sum_into_bias(float *dbias, const AttentionShape *s, cons
     }
 }
 
+/* A thread's share of a rectangle, pair by pair: score(t, t2) is dS. */
+template <class Score> __device__ static float sum_of_pairs(const Rectangle &r, const Score &score)
+{
+    float sum = 0;
+    for (int t = r.t; t < r.t_end; t++) {
+        float row_sum = 0; /* a sum of sums loses less to rounding than one long one */
+        for (int t2 = r.t2 + r.lane; t2 < r.t2_end; t2 += r.lanes)
+            row_sum += score(t, t2);
+        sum += row_sum;
+    }
+    return sum;
+}
+
 /* dS where it lies in memory, (B,NH,T,TK). */
 struct StoredScores {
     const float *d_scores;
@@ -62,15 +75,8 @@ struct StoredScores {
 
     __device__ float operator()(const Rectangle &r) const
     {
-        float sum = 0;
-        for (int t = r.t; t < r.t_end; t++) {
-            const float *row = d_scores + lse_index(s, r.b, r.h, t) * s->key_tokens;
-            float row_sum = 0; /* a sum of sums loses less to rounding than one long one */
-            for (int t2 = r.t2 + r.lane; t2 < r.t2_end; t2 += r.lanes)
-                row_sum += row[t2];
-            sum += row_sum;
-        }
-        return sum;
+        return sum_of_pairs(
+            r, [&](int t, int t2) { return d_scores[lse_index(s, r.b, r.h, t) * s->key_tokens + t2]; });
     }
 };
 

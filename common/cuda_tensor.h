@@ -92,23 +92,7 @@ static inline half16 float_half(float x)
 {
     return {half_from_float(x)};
 }
-#else
-__device__ static inline float half_float(half16 x)
-{
-    float wide;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
-    return wide;
-}
 
-__device__ static inline half16 float_half(float x)
-{
-    half16 narrow;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(x));
-    return narrow;
-}
-#endif
-
-#ifdef SIMT
 static inline uint32_t pack_bf16(float low, float high)
 {
     return bf16_from_float(low) | (uint32_t)bf16_from_float(high) << 16;
@@ -205,6 +189,20 @@ static inline void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]
 }
 
 #else
+__device__ static inline float half_float(half16 x)
+{
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+    return wide;
+}
+
+__device__ static inline half16 float_half(float x)
+{
+    half16 narrow;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(x));
+    return narrow;
+}
+
 __device__ static inline uint32_t pack_bf16(float low, float high)
 {
     uint32_t pair; /* the first source goes to the upper half */

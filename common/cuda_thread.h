@@ -2,6 +2,7 @@
  *
  *   LAUNCH(kernel, grid, block, shared_bytes, arguments..)   blocks of threads; an error ends the program with exit 3
  *   DYNAMIC_SHARED(type, name);                              the block's shared_bytes, as an array
+ *   allow_shared(kernel, bytes);                             before a launch with more than 48 KiB of them
  *   check_cuda(call)                                         the same for a call of the CUDA runtime; nvcc only
  *   UNROLL for (..)                                          written out turn by turn, so that an array can be registers
  */
@@ -15,6 +16,10 @@
     simt_launch(#kernel, grid, block, shared_bytes, kernel, __VA_ARGS__)
 #define DYNAMIC_SHARED(type, name) type *name = (type *)simt_shared()
 #define UNROLL
+
+template <class Kernel> static inline void allow_shared(Kernel, size_t)
+{
+}
 
 #else
 #include "error.h"
@@ -35,6 +40,11 @@ static inline void check_cuda_status(cudaError_t status, const char *call, const
     } while (0)
 #define DYNAMIC_SHARED(type, name) extern __shared__ type name[]
 #define UNROLL _Pragma("unroll")
+
+template <class Kernel> static inline void allow_shared(Kernel kernel, size_t bytes)
+{
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+}
 #endif
 
 #endif

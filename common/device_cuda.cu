@@ -106,22 +106,37 @@ static double time_ms(void (*run)(void *context), void *context)
     return ms;
 }
 
-#ifdef HAVE_CUBLAS
-/* Two n x n matrices and their product, one behind the other; sums are float32. */
-static void multiply_for_peak(int n, void *matrices, bool bf16)
+static void multiply(float *out, const float *a, const float *b, int n, bool tf32)
 {
-    float one = 1, zero = 0, *a = (float *)matrices;
-    size_t next = (size_t)n * n;
-    if (!bf16) {
-        device_matmul('N', 'N', n, n, n, 1, a, n, a + next, n, 0, a + 2 * next, n);
-        return;
-    }
-    uint16_t *a16 = (uint16_t *)matrices;
-    CHECK_CUBLAS(cublasSetMathMode(cublas_handle(), CUBLAS_DEFAULT_MATH)); /* tensor cores */
-    CHECK_CUBLAS(cublasGemmEx(cublas_handle(), CUBLAS_OP_N, CUBLAS_OP_N, n, n, n, &one, a16, CUDA_R_16BF, n,
-                              a16 + next, CUDA_R_16BF, n, &zero, a16 + 2 * next, CUDA_R_16BF, n,
-                              CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+#ifdef HAVE_CUBLAS
+    CHECK_CUBLAS(
+        cublasSetMathMode(cublas_handle(), tf32 ? CUBLAS_TF32_TENSOR_OP_MATH : CUBLAS_PEDANTIC_MATH));
+    device_matmul('N', 'N', n, n, n, 1, a, n, b, n, 0, out, n);
     CHECK_CUBLAS(cublasSetMathMode(cublas_handle(), CUBLAS_PEDANTIC_MATH));
+#else
+    (void)out, (void)a, (void)b, (void)n, (void)tf32;
+    die(EXIT_UNAVAILABLE, "this build has no cuBLAS; install it beside nvcc and type make again");
+#endif
+}
+
+#ifdef HAVE_CUBLAS
+static void multiply_bf16(uint16_t *out, const uint16_t *a, const uint16_t *b, int n)
+{
+    float one = 1, zero = 0;                                               /* sums are float32 */
+    CHECK_CUBLAS(cublasSetMathMode(cublas_handle(), CUBLAS_DEFAULT_MATH)); /* tensor cores */
+    CHECK_CUBLAS(cublasGemmEx(cublas_handle(), CUBLAS_OP_N, CUBLAS_OP_N, n, n, n, &one, a, CUDA_R_16BF, n, b,
+                              CUDA_R_16BF, n, &zero, out, CUDA_R_16BF, n, CUBLAS_COMPUTE_32F,
+                              CUBLAS_GEMM_DEFAULT));
+    CHECK_CUBLAS(cublasSetMathMode(cublas_handle(), CUBLAS_PEDANTIC_MATH));
+}
+
+/* Of two n x n matrices, their product behind them. */
+static void multiply_for_peak(void *matrices, int n, bool bf16)
+{
+    size_t next = (size_t)n * n;
+    float *a = (float *)matrices;
+    uint16_t *a16 = (uint16_t *)matrices;
+    bf16 ? multiply_bf16(a16 + 2 * next, a16, a16 + next, n) : multiply(a + 2 * next, a, a + next, n, false);
 }
 #endif
 
@@ -135,12 +150,12 @@ static double peak_gflops(double ms, bool bf16)
         size_t bytes = 3 * (bf16 ? sizeof(uint16_t) : sizeof(float)) * n * n;
         CHECK(cudaMalloc(&matrices[bf16], bytes));
         CHECK(cudaMemset(matrices[bf16], 0x3D, bytes));
-        multiply_for_peak(n, matrices[bf16], bf16); /* the first is slow */
+        multiply_for_peak(matrices[bf16], n, bf16); /* the first is slow */
     }
     finish();
     double start = now(), seconds, rounds = 0;
     do {
-        multiply_for_peak(n, matrices[bf16], bf16);
+        multiply_for_peak(matrices[bf16], n, bf16);
         finish();
         rounds++;
         seconds = now() - start;
@@ -150,19 +165,6 @@ static double peak_gflops(double ms, bool bf16)
     (void)ms;
     (void)bf16;
     return 0;
-#endif
-}
-
-static void multiply(float *out, const float *a, const float *b, int n, bool tf32)
-{
-#ifdef HAVE_CUBLAS
-    CHECK_CUBLAS(
-        cublasSetMathMode(cublas_handle(), tf32 ? CUBLAS_TF32_TENSOR_OP_MATH : CUBLAS_PEDANTIC_MATH));
-    device_matmul('N', 'N', n, n, n, 1, a, n, b, n, 0, out, n);
-    CHECK_CUBLAS(cublasSetMathMode(cublas_handle(), CUBLAS_PEDANTIC_MATH));
-#else
-    (void)out, (void)a, (void)b, (void)n, (void)tf32;
-    die(EXIT_UNAVAILABLE, "this build has no cuBLAS; install it beside nvcc and type make again");
 #endif
 }
 

@@ -27,8 +27,9 @@ kernels_of() {
         '$2 == takes && $3 ~ pass && $NF ~ "(^|,)" device "(,|$)" { print $1 }'
 }
 
-# dtype_of CHAPTER KERNEL: the one it takes
+# dtype_of CHAPTER KERNEL: the one it takes; passes_of: what it has, as options
 dtype_of() { "$build/$1/run" --list | awk -v kernel="$2" '$1 == kernel { print $4 }'; }
+passes_of() { "$build/$1/run" --list | awk -v kernel="$2" '$1 == kernel { print $3 ~ /backward/ ? "--pass both --dout randn" : "--pass forward" }'; }
 
 # ---- The steps: FILE, seconds, chapter, options ----
 
@@ -101,10 +102,10 @@ sanitizer_steps() {
         heads=$([ "${chapter%%_*}" -lt 3 ] && echo 1 || echo 3)
         for tool in memcheck racecheck; do
             for kernel in $(kernels_of "$chapter" qkv); do
-                step "sanitizer/$chapter-$kernel-$tool" 20 "$chapter" "$tool --kernel $kernel --dtype $(dtype_of "$chapter" "$kernel") --heads 2 --tokens 70 --head-size 40 --causal"
+                step "sanitizer/$chapter-$kernel-$tool" 20 "$chapter" "$tool --device $device --kernel $kernel --dtype $(dtype_of "$chapter" "$kernel") $(passes_of "$chapter" "$kernel") --heads 2 --tokens 70 --head-size 40 --causal"
             done
             for kernel in $(kernels_of "$chapter" x); do
-                step "sanitizer/$chapter-$kernel-$tool" 20 "$chapter" "$tool --kernel $kernel --batch 2 --tokens 40 --embed 24 --heads $heads"
+                step "sanitizer/$chapter-$kernel-$tool" 20 "$chapter" "$tool --device $device --kernel $kernel $(passes_of "$chapter" "$kernel") --batch 2 --tokens 40 --embed 24 --heads $heads"
             done
         done
     done
@@ -118,11 +119,9 @@ walk() {
     case $1 in
     check/*) name=$1 program=$build/$2/run && shift 2 && walk_output "$name" "$program" "$@" ;;
     sanitizer/*)
-        name=$1 program=$build/$2/run tool=$3 kernel=$5 pass=forward
-        { kernels_of "$2" qkv backward; kernels_of "$2" x backward; } | grep -qx "$kernel" && pass="both --dout randn"
+        name=$1 program=$build/$2/run tool=$3
         shift 3
-        # shellcheck disable=SC2086 # options are words
-        walk_output "$name" compute-sanitizer --error-exitcode 1 --tool "$tool" "$program" --device "$device" --pass $pass "$@"
+        walk_output "$name" compute-sanitizer --error-exitcode 1 --tool "$tool" "$program" "$@"
         ;;
     *) walk_rows "$@" ;;
     esac

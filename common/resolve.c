@@ -159,7 +159,6 @@ static void broadcast_bias(AttentionShape *s, const NpyArray *bias)
         s->bias_stride[axis] = size == 1 ? 0 : stride;
         stride *= size;
     }
-    s->bias = bias->data;
 }
 
 /* dout is shaped as out. */
@@ -210,9 +209,9 @@ static void find_reason(Problem *p, const Kernel *kernel, const Options *o)
         reason = "has no --tile to choose";
     else if (o->block && !kernel->blocked)
         reason = "has no --block to choose";
-    else if (kernel->refuses && (reason = kernel->refuses(s)))
-        ;
-    else if (kernel->refuses_backward && o->pass != PASS_FORWARD)
+    if (!reason && kernel->refuses)
+        reason = kernel->refuses(s);
+    if (!reason && kernel->refuses_backward && o->pass != PASS_FORWARD)
         reason = kernel->refuses_backward(s);
     snprintf(p->reason, sizeof p->reason, "%s", reason ? reason : "");
 }

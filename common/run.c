@@ -24,25 +24,22 @@ static float *own_floats(Run *run, size_t n)
     return run->owned[run->owned_count++] = allocate_floats(n);
 }
 
-/* A kernel in bf16 gets its inputs rounded; the oracle then gets the same. */
-static void round_if_bf16(const Run *run, float *tensor, size_t count)
+/* A tensor from its file, or drawn from the stream; times `magnify`, and rounded where it is to be bf16: so the oracle gets
+ * what the kernel gets. */
+static const float *input(Run *run, const NpyArray *file, RandomStream *stream, size_t count, float magnify,
+                          bool bf16)
 {
-    for (size_t i = 0; run->kernel->bf16 && i < count; i++)
-        tensor[i] = bf16_to_float(bf16_from_float(tensor[i]));
-}
-
-/* A tensor from its file, or drawn; times `magnify`. */
-static float *input(Run *run, const NpyArray *file, size_t count, float magnify)
-{
-    if (file->data && magnify == 1 && !run->kernel->bf16)
+    if (file->data && magnify == 1 && !bf16)
         return file->data;
     float *tensor = own_floats(run, count);
     if (file->data)
         memcpy(tensor, file->data, count * sizeof *tensor);
     else
-        draw_randn(&run->after_x, tensor, count);
+        draw_randn(stream, tensor, count);
     for (size_t i = 0; magnify != 1 && i < count; i++)
         tensor[i] *= magnify;
+    for (size_t i = 0; bf16 && i < count; i++)
+        tensor[i] = bf16_to_float(bf16_from_float(tensor[i]));
     return tensor;
 }
 
@@ -61,7 +58,9 @@ static bool can_share(const Run *run, const Run *other, float magnify)
 static void open_inputs(Run *run, const Options *o, const Run *inputs_of, float magnify)
 {
     AttentionShape *s = &run->problem.shape;
-    seed_stream(&run->after_x, run->problem.rng, run->problem.seed);
+    RandomStream *stream = &run->after_x;
+    bool bf16 = run->kernel->bf16;
+    seed_stream(stream, run->problem.rng, run->problem.seed);
     if (o->multiprocessors) {
         run->after_x.multiprocessors = o->multiprocessors;
         run->after_x.threads_per_multiprocessor = o->threads_per_multiprocessor;
@@ -79,17 +78,13 @@ static void open_inputs(Run *run, const Options *o, const Run *inputs_of, float 
     if (run->problem.sentence)
         run->t.x = &sentence[0][0];
     else if (run->kernel->takes == TAKES_X)
-        run->t.x = input(run, &o->x, x_count(s), magnify);
+        run->t.x = input(run, &o->x, stream, x_count(s), magnify, false);
     else {
-        float *q = input(run, &o->q, query_count(s), magnify);
-        float *k = input(run, &o->k, key_count(s), magnify);
-        float *v = input(run, &o->v, key_count(s), 1);
-        round_if_bf16(run, q, query_count(s));
-        round_if_bf16(run, k, key_count(s));
-        round_if_bf16(run, v, key_count(s));
-        run->t.q = q, run->t.k = k, run->t.v = v;
+        run->t.q = input(run, &o->q, stream, query_count(s), magnify, bf16);
+        run->t.k = input(run, &o->k, stream, key_count(s), magnify, bf16);
+        run->t.v = input(run, &o->v, stream, key_count(s), 1, bf16);
         if (o->bias_randn)
-            s->bias = input(run, &o->bias, bias_elements(s), 1);
+            s->bias = input(run, &o->bias, stream, bias_elements(s), 1, false);
     }
 }
 
@@ -106,19 +101,14 @@ static void open_gradients(Run *run, const Options *o)
 {
     const AttentionShape *s = &run->problem.shape;
     bool module = run->kernel->takes == TAKES_X;
-    float *dout = o->dout.data;
-    if (!dout || run->kernel->bf16) {
-        dout = own_floats(run, run->out_size);
-        if (o->dout.data)
-            memcpy(dout, o->dout.data, run->out_size * sizeof *dout);
-        else if (o->dout_randn)
-            draw_randn(&run->after_inputs, dout, run->out_size);
-        else
-            for (size_t i = 0; i < run->out_size; i++)
-                dout[i] = 1;
-        round_if_bf16(run, dout, run->out_size);
+    if (o->dout.data || o->dout_randn)
+        run->t.dout = input(run, &o->dout, &run->after_inputs, run->out_size, 1, run->kernel->bf16);
+    else {
+        float *dout = own_floats(run, run->out_size);
+        for (size_t i = 0; i < run->out_size; i++)
+            dout[i] = 1;
+        run->t.dout = dout;
     }
-    run->t.dout = dout;
     if (module)
         run->t.dx = own_floats(run, x_count(s));
     else {

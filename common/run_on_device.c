@@ -56,21 +56,10 @@ static const float *uploaded_numbers(Run *run, const float *host, size_t count)
     return device;
 }
 
-static void fetch_numbers(const Run *run, float *host, const float *device, size_t count)
-{
-    run->device->copy_from(host, device, count * number_bytes(run));
-    const uint16_t *narrow = (const uint16_t *)host; /* the front half of host; widened from the back on */
-    for (size_t i = count; run->kernel->bf16 && i-- > 0;) {
-        float wide = bf16_to_float(narrow[i]);
-        memcpy(host + i, &wide, sizeof wide);
-    }
-}
-
 /* An array behind each tensor that a pass writes, and its size. */
 typedef struct {
     float *host, *device;
-    size_t count;
-    bool may_be_bf16;
+    size_t count, number; /* number: its bytes in the device's memory */
 } Output;
 enum { MOST_OUTPUTS = 5 + MAX_PARAMETERS };
 
@@ -78,20 +67,21 @@ static int outputs_of(Output *list, const Run *run, Pass pass)
 {
     const AttentionShape *s = &run->problem.shape;
     const Tensors *t = &run->t, *d = &run->on_device;
+    size_t number = number_bytes(run), f32 = sizeof(float);
     int count = 0;
     if (pass == PASS_FORWARD) {
-        list[count++] = (Output){t->out, d->out, run->out_size, true};
-        list[count++] = (Output){t->lse, d->lse, t->lse ? lse_count(s) : 0, false};
-        list[count++] = (Output){t->weights, d->weights, run->weights_size, false};
+        list[count++] = (Output){t->out, d->out, run->out_size, number};
+        list[count++] = (Output){t->lse, d->lse, t->lse ? lse_count(s) : 0, f32};
+        list[count++] = (Output){t->weights, d->weights, run->weights_size, f32};
         return count;
     }
-    list[count++] = (Output){t->dq, d->dq, query_count(s), true};
-    list[count++] = (Output){t->dk, d->dk, key_count(s), true};
-    list[count++] = (Output){t->dv, d->dv, key_count(s), true};
-    list[count++] = (Output){t->dbias, d->dbias, bias_elements(s), false};
-    list[count++] = (Output){t->dx, d->dx, x_count(s), false};
+    list[count++] = (Output){t->dq, d->dq, query_count(s), number};
+    list[count++] = (Output){t->dk, d->dk, key_count(s), number};
+    list[count++] = (Output){t->dv, d->dv, key_count(s), number};
+    list[count++] = (Output){t->dbias, d->dbias, bias_elements(s), f32};
+    list[count++] = (Output){t->dx, d->dx, x_count(s), f32};
     for (int i = 0; i < run->parameters.count; i++)
-        list[count++] = (Output){t->d_parameter[i], d->d_parameter[i], parameter_count(run, i), false};
+        list[count++] = (Output){t->d_parameter[i], d->d_parameter[i], parameter_count(run, i), f32};
     return count;
 }
 
@@ -142,8 +132,7 @@ void poison_on_device(Run *run, Pass pass)
     Output list[MOST_OUTPUTS];
     for (int i = outputs_of(list, run, pass); i-- > 0;)
         if (list[i].device)
-            run->device->fill_with_nan(
-                list[i].device, list[i].count * (list[i].may_be_bf16 ? number_bytes(run) : sizeof(float)));
+            run->device->fill_with_nan(list[i].device, list[i].count * list[i].number);
     bool forward = pass == PASS_FORWARD;
     float *const *workspace = forward ? run->on_device.workspace : run->on_device.backward_workspace;
     const size_t *size = forward ? run->workspace_size : run->backward_workspace_size;
@@ -152,16 +141,25 @@ void poison_on_device(Run *run, Pass pass)
             run->device->fill_with_nan(workspace[i], size[i] * sizeof(float));
 }
 
+static void fetch(const Run *run, const Output *output)
+{
+    run->device->copy_from(output->host, output->device, output->count * output->number);
+    const uint16_t *narrow =
+        (const uint16_t *)output->host; /* the front half of host; widened from the back on */
+    for (size_t i = output->count; output->number == sizeof *narrow && i-- > 0;) {
+        float wide = bf16_to_float(narrow[i]);
+        memcpy(output->host + i, &wide, sizeof wide);
+    }
+}
+
 void fetch_from_device(Run *run, Pass pass)
 {
     if (!run->device)
         return;
     Output list[MOST_OUTPUTS];
     for (int i = outputs_of(list, run, pass); i-- > 0;)
-        if (list[i].device && list[i].may_be_bf16)
-            fetch_numbers(run, list[i].host, list[i].device, list[i].count);
-        else if (list[i].device)
-            run->device->copy_from(list[i].host, list[i].device, list[i].count * sizeof(float));
+        if (list[i].device)
+            fetch(run, &list[i]);
 }
 
 void close_on_device(Run *run)

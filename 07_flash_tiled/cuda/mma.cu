@@ -87,8 +87,9 @@ template <int D> static void launch(const Tensors *t, const AttentionShape *s)
 {
     size_t tiles = (size_t)s->batch * s->heads * ((s->tokens + Br - 1) / Br);
     size_t bytes = sizeof(bf16) * D * (Br + 2 * Bc);
-    ALLOW_SHARED(mma_kernel<D>, bytes);
-    LAUNCH(mma_kernel<D>, (unsigned)tiles, THREADS, bytes, (bf16 *)t->out, t->lse, (const bf16 *)t->q,
+    auto kernel = mma_kernel<D>;
+    allow_shared(kernel, bytes);
+    LAUNCH(kernel, (unsigned)tiles, THREADS, bytes, (bf16 *)t->out, t->lse, (const bf16 *)t->q,
            (const bf16 *)t->k, (const bf16 *)t->v, *s);
 }
 

@@ -126,9 +126,10 @@ template <int D, bool PLAIN> static void launch_as(const Tensors *t, const Atten
 {
     size_t tiles = (size_t)s->batch * s->heads * ((s->tokens + Br<D> - 1) / Br<D>);
     size_t bytes = sizeof(bf16) * D * (Br<D> + 4 * Bc<D, PLAIN>);
-    ALLOW_SHARED((pipelined_kernel<D, PLAIN>), bytes);
-    LAUNCH((pipelined_kernel<D, PLAIN>), (unsigned)tiles, WARPS * WARP, bytes, (bf16 *)t->out, t->lse,
-           (const bf16 *)t->q, (const bf16 *)t->k, (const bf16 *)t->v, *s);
+    auto kernel = pipelined_kernel<D, PLAIN>;
+    allow_shared(kernel, bytes);
+    LAUNCH(kernel, (unsigned)tiles, WARPS * WARP, bytes, (bf16 *)t->out, t->lse, (const bf16 *)t->q,
+           (const bf16 *)t->k, (const bf16 *)t->v, *s);
 }
 
 template <int D> static void launch(const Tensors *t, const AttentionShape *s)

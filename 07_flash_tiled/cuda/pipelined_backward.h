@@ -174,14 +174,8 @@ struct RecomputedFromBf16 {
 
     __device__ float operator()(const Rectangle &r) const
     {
-        float sum = 0;
-        for (int t = r.t; t < r.t_end; t++) {
-            float row_sum = 0; /* a sum of sums loses less to rounding than one long one */
-            for (int t2 = r.t2 + r.lane; t2 < r.t2_end; t2 += r.lanes)
-                row_sum += attends(s, r.b, r.h, t, t2) ? d_score(r.b, r.h, t, t2) : 0;
-            sum += row_sum;
-        }
-        return sum;
+        return sum_of_pairs(
+            r, [&](int t, int t2) { return attends(s, r.b, r.h, t, t2) ? d_score(r.b, r.h, t, t2) : 0; });
     }
 };
 
@@ -202,9 +196,9 @@ template <int D, bool KEYS> static void launch_gradient(const Gradients &g, cons
 {
     size_t tiles = ((size_t)(KEYS ? s->key_tokens : s->tokens) + OWN - 1) / OWN;
     size_t bytes = sizeof(bf16) * D * (2 * OWN + 4 * MET) + sizeof(float) * 4 * MET;
-    ALLOW_SHARED((gradient_kernel<D, KEYS>), bytes);
-    LAUNCH((gradient_kernel<D, KEYS>), (unsigned)(tiles * s->batch * s->heads), BACKWARD_THREADS, bytes, g,
-           *s);
+    auto kernel = gradient_kernel<D, KEYS>;
+    allow_shared(kernel, bytes);
+    LAUNCH(kernel, (unsigned)(tiles * s->batch * s->heads), BACKWARD_THREADS, bytes, g, *s);
 }
 
 static void backward_pipelined(const Tensors *t, const AttentionShape *s)

@@ -358,16 +358,6 @@ template <int D, int R, int C> static size_t shared_bytes(int held)
     return sizeof(float) * (held * R * SIDE * D + 2 * C * SIDE * (D + PAD) + R * SIDE * (C * SIDE + PAD));
 }
 
-/* More than 48 KiB have to be asked for. */
-template <class Kernel_> static void allow_shared(Kernel_ kernel, size_t bytes)
-{
-#ifdef SIMT
-    (void)kernel, (void)bytes;
-#else
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-#endif
-}
-
 static int blocks_of(size_t tiles)
 {
     return tiles < MOST_BLOCKS ? (int)tiles : MOST_BLOCKS;

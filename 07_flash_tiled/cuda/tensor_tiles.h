@@ -14,13 +14,6 @@
 
 static const float LOG2_E = 1.44269504f, LN_2 = 0.693147181f; /* exp(x) is exp2(x * LOG2_E), and cheaper so */
 
-#ifdef SIMT
-#define ALLOW_SHARED(kernel, bytes) ((void)0)
-#else
-#define ALLOW_SHARED(kernel, bytes)                                                                          \
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(bytes)))
-#endif
-
 /* Row `row`, columns 8 * chunk .. + 7 of a tile whose rows hold D numbers, D a multiple of 64. Eight rows at one chunk lie
  * in eight different groups of banks. */
 template <int D, class T> __device__ static T *place(T *tile, int row, int chunk)
