@@ -3,7 +3,7 @@
 #ifndef FLASH_DROPOUT_H
 #define FLASH_DROPOUT_H
 
-#include "flash_vectors.h"
+#include "vectors.h"
 
 #include <math.h>
 #include <stddef.h>

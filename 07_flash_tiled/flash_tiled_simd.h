@@ -14,8 +14,8 @@
 #ifndef FLASH_TILED_SIMD_H
 #define FLASH_TILED_SIMD_H
 
-#include "flash_vectors.h"
 #include "shape.h"
+#include "vectors.h"
 
 enum {
     FLASH_ROWS = VECTORS * LANES, /* 48 with AVX-512, 24 with AVX2, else 12 */
@@ -40,12 +40,13 @@ typedef struct {
     FlashRow row[FLASH_ROWS]; /* in any order; fastest with rows side by side that see the same keys */
 
     /* Kept between the steps. Lane i of everything belongs to row[i]. */
-    float *q_columns;   /* (HS, FLASH_ROWS): the transposed queries, times scale and log2 e */
-    float *out_columns; /* (HS rounded up to TILE, FLASH_ROWS): the transposed output, not yet divided by l */
+    float *q_columns; /* (HS, FLASH_ROWS): the transposed queries, times scale and log2 e */
+    float
+        *out_columns; /* (HS, FLASH_ROWS): the transposed output, not yet divided by l; HS rounded up to 16 */
     _Alignas(64) float m[FLASH_ROWS]; /* scores are weighed as 2^(score - m); not always the largest score */
     _Alignas(64) float l[FLASH_ROWS]; /* the sum of the weights so far; 0: nothing to attend to yet */
-    int first[FLASH_ROWS], end[FLASH_ROWS];         /* a row sees no key outside first <= t2 < end */
-    int vector_first[VECTORS], vector_end[VECTORS]; /* nor does any row of a vector outside these */
+    _Alignas(64) int first[FLASH_ROWS]; /* a row sees no key outside first <= t2 < end */
+    _Alignas(64) int end[FLASH_ROWS];
     bool one_run; /* each row sees every key from its first to its end, if there is no bias */
 } FlashBlock;
 
@@ -66,10 +67,22 @@ void flash_begin(FlashBlock *block, float *scratch);
  * block, as 0 * NaN is NaN. */
 void flash_attend(FlashBlock *block, int first, int end, bool look);
 
+/* One tile: at most FLASH_KEYS keys, by the block's vectors from .. from + vectors - 1 (1 .. VECTORS of them). Where
+ * it asks flash_ask() nobody else need see all keys; where not, keys is a multiple of TILE. */
+void flash_attend_tile(FlashBlock *block, int key, int keys, bool ask, int from, int vectors);
+
 /* Attends to every key that mask, causality, lengths and bias let these rows see: the run of keys that all
  * rows see without looking, the keys before and after it with. All that a chapter without block lists needs
  * between begin and finish. */
 void flash_attend_allowed(FlashBlock *block);
+
+/* What flash_attend() is told of its keys key .. key + keys - 1 by mask, lengths and bias (flash_pairs.c): terms
+ * (keys, FLASH_ROWS) = the bias times log2 e, -inf where a row may not look and in the rows up to the next multiple
+ * of TILE keys. Only in the vectors from .. from + vectors - 1. */
+void flash_ask(const FlashBlock *block, float *terms, int key, int keys, int from, int vectors);
+
+/* p (keys, FLASH_ROWS) times 0 or 1 / (1 - dropout), drawn by position; in the same vectors. */
+void flash_drop_out(const FlashBlock *block, float *p, int key, int keys, int from, int vectors);
 
 /* Row t of batch entry b sees no key outside first <= t2 < end; true if it sees all within (but for a bias of
  * -inf), as with most masks. */

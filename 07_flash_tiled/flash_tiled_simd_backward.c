@@ -18,8 +18,6 @@
 
 #include "flash_dropout.h"
 
-#define INLINE static inline __attribute__((always_inline))
-
 static const float log2e = 1.44269504f;
 
 enum {
@@ -101,8 +99,7 @@ INLINE void multiply(Vector c[TILE][VECTORS], int vectors, const float *const a[
                      const float *b, size_t b_step, int n)
 {
     for (int k = 0; k < n; k++, b += b_step)
-        EACH_VECTOR(i, j, vectors)
-        {
+        EACH_VECTOR(i, j, vectors) {
             c[i][j] += a[i][k * a_step] * ((const Vector *)b)[j];
         }
 }
@@ -116,8 +113,7 @@ INLINE void add_scores(Vector c[TILE][VECTORS], const float *a[TILE], const floa
         for (int i = 0; i < TILE; i++)
             a[i] += SHORT_SUM;
         multiply(more, VECTORS, a, 1, b + (size_t)k * KEYS, KEYS, smaller(n - k, SHORT_SUM));
-        EACH_VECTOR(i, j, VECTORS)
-        {
+        EACH_VECTOR(i, j, VECTORS) {
             c[i][j] += more[i][j];
         }
     }
@@ -284,27 +280,23 @@ INLINE void multiply_scores(Scratch *x, const Place *p, const Sight *sight, bool
             size_t at = (size_t)r * KEYS + key;
             for (int i = 0; i < TILE; i++)
                 a[i] = x->scaled_rows + (size_t)(r + i) * x->width;
-            EACH_VECTOR(i, j, VECTORS)
-            {
+            EACH_VECTOR(i, j, VECTORS) {
                 c[i][j] = (Vector){0} - x->lse[r + i];
                 if (!all)
                     c[i][j] += ((const Vector *)(x->extra + at + i * KEYS))[j];
             }
             add_scores(c, a, x->k_columns + key, HS);
-            EACH_VECTOR(i, j, VECTORS)
-            {
+            EACH_VECTOR(i, j, VECTORS) {
                 ((Vector *)(x->weights + at + i * KEYS))[j] = c[i][j];
             }
 
             for (int i = 0; i < TILE; i++)
                 a[i] = x->dout_rows + (size_t)(r + i) * x->width;
-            EACH_VECTOR(i, j, VECTORS)
-            {
+            EACH_VECTOR(i, j, VECTORS) {
                 c[i][j] = (Vector){0};
             }
             multiply(c, VECTORS, a, 1, x->v_columns + key, KEYS, HS);
-            EACH_VECTOR(i, j, VECTORS)
-            {
+            EACH_VECTOR(i, j, VECTORS) {
                 ((Vector *)(x->d_scores + at + i * KEYS))[j] = c[i][j];
             }
         }
@@ -340,13 +332,11 @@ INLINE void add_key_gradient(float *sum, const float *left, const float *right, 
             const float *a[TILE];
             for (int i = 0; i < TILE; i++)
                 a[i] = left + key + i;
-            EACH_VECTOR(i, j, 2)
-            {
+            EACH_VECTOR(i, j, 2) {
                 c[i][j] = ((const Vector *)(sum + (size_t)(key + i) * width + d))[j];
             }
             multiply(c, 2, a, KEYS, right + d, width, rows);
-            EACH_VECTOR(i, j, 2)
-            {
+            EACH_VECTOR(i, j, 2) {
                 ((Vector *)(sum + (size_t)(key + i) * width + d))[j] = c[i][j];
             }
         }
@@ -361,14 +351,12 @@ INLINE void query_gradient(Scratch *x, const Sight *sight, int rows)
             const float *a[TILE];
             for (int i = 0; i < TILE; i++)
                 a[i] = x->d_scores + (r + i) * KEYS + sight->from;
-            EACH_VECTOR(i, j, 2)
-            {
+            EACH_VECTOR(i, j, 2) {
                 c[i][j] = (Vector){0};
             }
             multiply(c, 2, a, 1, x->k_rows + (size_t)sight->from * x->width + d, x->width,
                      sight->to - sight->from);
-            EACH_VECTOR(i, j, 2)
-            {
+            EACH_VECTOR(i, j, 2) {
                 ((Vector *)(x->dq_rows + (size_t)(r + i) * x->width + d))[j] = c[i][j];
             }
         }

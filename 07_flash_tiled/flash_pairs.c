@@ -1,0 +1,113 @@
+/* What the fast tiles are told of single pairs of a query and a key: mask, lengths, bias, dropout. Most tiles of
+ * most problems never ask. The contracts are in flash_tiled_simd.h. */
+#include "flash_tiled_simd.h"
+
+#include <math.h>
+
+#include "flash_dropout.h"
+
+static const float log2e = 1.44269504f;
+
+static int smaller(int a, int b)
+{
+    return a < b ? a : b;
+}
+static int larger(int a, int b)
+{
+    return a > b ? a : b;
+}
+
+/* The first key of the document that position `place` belongs to: the numbers ascend. */
+static int document_start(const int *document, int place)
+{
+    int low = 0, high = place;
+    while (low < high) {
+        int middle = low + (high - low) / 2;
+        if (document[middle] < document[place])
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+bool flash_bounds(const AttentionShape *s, int b, int t, int *first, int *end)
+{
+    int place = t + s->key_tokens - s->tokens;
+    MaskKind kind = s->mask.kind;
+    *first = kind == MASK_WINDOW      ? place < s->mask.width ? 0 : place - s->mask.width + 1
+             : kind == MASK_FUTURE    ? larger(0, place + 1)
+             : kind == MASK_DOCUMENTS ? document_start(s->mask.document, place)
+                                      : 0;
+    *end = keys_end(s, b, t);
+    return kind != MASK_LOCAL_GLOBAL && kind != MASK_DILATED;
+}
+
+/* Adds the bias of LANES rows, the block's j-th vector, where they may look. The rows of a bias lie along the keys:
+ * LANES of them by LANES keys are read at once and transposed. */
+static void add_bias(const FlashBlock *block, float *terms, int key, int keys, int j)
+{
+    const AttentionShape *s = block->s;
+    size_t step = s->bias_stride[3];
+    for (int i0 = 0; i0 < keys; i0 += LANES) {
+        Vector bias[LANES] = {0};
+        int n = smaller(LANES, keys - i0);
+        for (int r = 0; r < LANES && j * LANES + r < block->rows; r++) {
+            const FlashRow *row = &block->row[j * LANES + r];
+            const float *from = bias_row(s, block->b, row->h, row->t) + (key + i0) * step;
+            if (step == 1)
+                bias[r] = load_first(from, n);
+            else
+                for (int i = 0; i < n; i++)
+                    bias[r][i] = from[i * step];
+        }
+        transpose(bias);
+        for (int i = 0; i < n; i++) {
+            Vector *term = (Vector *)terms + (i0 + i) * VECTORS + j;
+            *term = vector_select(*term == 0, log2e * bias[i], *term);
+        }
+    }
+}
+
+void flash_ask(const FlashBlock *block, float *terms, int key, int keys, int from, int vectors)
+{
+    const Vector never = (Vector){0} - INFINITY;
+    for (int j = from; j < from + vectors; j++) {
+        IntVector first = ((const IntVector *)block->first)[j], end = ((const IntVector *)block->end)[j];
+        for (int i = 0; i < keys; i++)
+            ((Vector *)terms)[i * VECTORS + j] =
+                vector_select((first <= key + i) & (key + i < end), (Vector){0}, never);
+        for (int i = keys; i % TILE; i++)
+            ((Vector *)terms)[i * VECTORS + j] = never;
+    }
+    if (!block->one_run)
+        for (int r = from * LANES; r < smaller(block->rows, (from + vectors) * LANES); r++)
+            for (int i = 0; i < keys; i++)
+                if (!attends(block->s, block->b, block->row[r].h, block->row[r].t, key + i))
+                    terms[i * FLASH_ROWS + r] = -INFINITY;
+    for (int j = from; block->s->bias && j < from + vectors; j++)
+        add_bias(block, terms, key, keys, j);
+}
+
+/* A lane is a row, so one Philox call gives the factors of four keys for each of LANES rows. */
+void flash_drop_out(const FlashBlock *block, float *p, int key, int keys, int from, int vectors)
+{
+    const AttentionShape *s = block->s;
+    uint32_t threshold = dropout_threshold(s->dropout);
+    for (int j = from; j < from + vectors; j++) {
+        WordVector row_low = {0}, row_high = {0};
+        for (int i = 0; i < LANES && j * LANES + i < block->rows; i++) {
+            const FlashRow *row = &block->row[j * LANES + i];
+            uint64_t index = lse_index(s, block->b, row->h, row->t);
+            row_low[i] = (uint32_t)index;
+            row_high[i] = (uint32_t)(index >> 32);
+        }
+        for (int four = key / 4; 4 * four < key + keys; four++) {
+            WordVector word[4];
+            dropout_word_vectors(word, s->dropout_seed, row_low, row_high, (WordVector){0} + (uint32_t)four);
+            for (int i = larger(0, key - 4 * four); i < smaller(4, key + keys - 4 * four); i++)
+                ((Vector *)(p + (4 * four + i - key) * FLASH_ROWS))[j] *=
+                    dropout_factors(word[i], threshold, 1 / (1 - s->dropout));
+        }
+    }
+}

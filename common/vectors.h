@@ -1,0 +1,144 @@
+/* Vectors of floats as wide as the processor that this is built for: 16 lanes with AVX-512, 8 with AVX2, 4
+ * with NEON or SSE. They are the compiler's own (gcc's and clang's vector extensions): + and * work on all
+ * lanes at once, a float beside a vector counts for each lane. Only what the extensions do badly stands here
+ * once for each processor. And the two things that fast kernels are made of: a small product and 2^x.
+ */
+#ifndef COMMON_VECTORS_H
+#define COMMON_VECTORS_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* TILE: how many rows of three vectors are summed up at once in registers. 8 x 3 accumulators need 28 of 32
+ * registers, 4 x 3 need 16 of 16. ZIP_LOW, ZIP_HIGH: the lanes of two vectors in turn, of their first halves and
+ * of their second; the second vector's lanes count on from LANES. */
+#if defined(__AVX512F__)
+#include <immintrin.h>
+enum { LANES = 16, TILE = 8 };
+#define ZIP_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define ZIP_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined(__AVX__)
+#include <immintrin.h>
+enum { LANES = 8, TILE = 4 };
+#define ZIP_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define ZIP_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#if defined(__ARM_NEON)
+enum { LANES = 4, TILE = 8 };
+#else
+enum { LANES = 4, TILE = 4 };
+#endif
+#define ZIP_LOW 0, 4, 1, 5
+#define ZIP_HIGH 2, 6, 3, 7
+#endif
+
+enum {
+    VECTORS = 3,
+    SHORT_SUM = 64, /* terms of a score that are added up before they join the rest */
+};
+
+/* For each row i of TILE and each vector j of the first `vectors` of a row: what follows in braces, written
+ * out once for each, so that c[i][j] is a register. */
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+#define EACH_VECTOR(i, j, vectors)                                                                           \
+    UNROLL for (int i = 0; i < TILE; i++) UNROLL for (int j = 0; j < VECTORS; j++) if (j < (vectors))
+
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), may_alias));
+typedef int32_t IntVector __attribute__((vector_size(LANES * sizeof(float)), may_alias));
+
+/* yes where the mask's lane is all ones, no where it is 0. */
+static inline Vector vector_select(IntVector mask, Vector yes, Vector no)
+{
+    return (Vector)((mask & (IntVector)yes) | (~mask & (IntVector)no));
+}
+
+/* The larger of the two, lane by lane; b where a or b is NaN. */
+static inline Vector vector_max(Vector a, Vector b)
+{
+#if defined(__AVX512F__)
+    return (Vector)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+    return (Vector)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return vector_select(a > b, a, b);
+#endif
+}
+
+/* 2^x for x <= 127: the nearest integer n goes into the exponent, a polynomial of degree 6 (minimax, 2e-9)
+ * takes the rest. Below -127 the result is exactly 0, for -inf too; NaN stays NaN. Adding 1.5 * 2^23 leaves
+ * no room for a fraction: the sum's low bits are n. */
+INLINE Vector exp2_vector(Vector x)
+{
+    const float shift = 12582912.0f;
+    x = vector_max((Vector){0} - 127.0f, x);
+    Vector shifted = x + shift;
+    Vector f = x - (shifted - shift);
+    Vector p = 1.534581201e-4f * f + 1.339993122e-3f;
+    p = p * f + 9.618488957e-3f;
+    p = p * f + 5.550328777e-2f;
+    p = p * f + 2.402264689e-1f;
+    p = p * f + 6.931472057e-1f;
+    p = p * f + 1.0f;
+    IntVector two_to_n = ((IntVector)shifted + 127) << 23;
+    return p * (Vector)two_to_n;
+}
+
+/* The first n numbers from an address that needs no alignment, then zeros; to such an address. */
+INLINE Vector load_first(const float *from, int n)
+{
+    Vector v = {0};
+    if (n >= LANES)
+        memcpy(&v, from, sizeof v);
+    else
+        memcpy(&v, from, (size_t)n * sizeof(float));
+    return v;
+}
+INLINE void store_first(float *to, Vector v, int n)
+{
+    if (n >= LANES)
+        memcpy(to, &v, sizeof v);
+    else
+        memcpy(to, &v, (size_t)n * sizeof(float));
+}
+
+/* Rows become columns. One round of zipping row i with row i + LANES / 2 turns the bits of (row, column), read as
+ * one number, left by one place; after log2(LANES) rounds row and column have changed places. */
+INLINE void transpose(Vector row[LANES])
+{
+#if defined(__clang__) || __GNUC__ >= 12
+#define ZIP(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define ZIP(a, b, ...) __builtin_shuffle(a, b, (IntVector){__VA_ARGS__})
+#endif
+    UNROLL for (int round = 1; round < LANES; round *= 2)
+    {
+        Vector next[LANES];
+        UNROLL for (int i = 0; i < LANES / 2; i++)
+        {
+            next[2 * i] = ZIP(row[i], row[i + LANES / 2], ZIP_LOW);
+            next[2 * i + 1] = ZIP(row[i], row[i + LANES / 2], ZIP_HIGH);
+        }
+        memcpy(row, next, sizeof next);
+    }
+#undef ZIP
+}
+
+/* c[i][j] += the sum over k < n of a[i][k * a_step] * b[k * b_step][j]: TILE numbers of a, each broadcast to a
+ * whole vector, by up to VECTORS vectors of b. b is aligned. It is always inlined with `vectors` a constant, and c
+ * has a constant size: only so do all of c stay in registers. */
+INLINE void multiply_add(Vector c[TILE][VECTORS], int vectors, const float *const a[TILE], size_t a_step,
+                         const float *b, size_t b_step, int n)
+{
+    for (int k = 0; k < n; k++, b += b_step)
+        EACH_VECTOR(i, j, vectors)
+            c[i][j] += a[i][k * a_step] * ((const Vector *)b)[j];
+}
+
+#endif
