@@ -12,7 +12,10 @@ SETUP    ?= yes
 SANITIZE ?= no
 export BUILD SETUP
 
-ARCH     ?= $(if $(filter arm64 aarch64,$(shell uname -m)),-mcpu=native,-march=native)
+# This processor if the compiler builds for its kind, else (a cross compiler) what the compiler takes by itself.
+MACHINE  := $(subst arm64,aarch64,$(shell uname -m))
+NATIVE   := $(if $(filter aarch64,$(MACHINE)),-mcpu=native,-march=native)
+ARCH     ?= $(if $(filter $(MACHINE)-%,$(subst arm64,aarch64,$(shell $(CC) -dumpmachine))),$(NATIVE))
 OPTIMISE ?= -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast
 WARN     := -Wall -Wextra -Wshadow -Wstrict-prototypes $(if $(CI),-Werror)
 ifeq ($(SANITIZE),yes)

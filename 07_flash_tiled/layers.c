@@ -367,10 +367,12 @@ static void tell_chat_code(void)
     double too_small = largest_weight(weights, &split);
     split.scale = 1 / sqrtf(HEAD_SIZE);
     attention_materialised(out + NUMBERS, lse, weights, NULL, q, k, v, &split);
-    double right = largest_weight(weights, &split), apart = 0;
+    double right = largest_weight(weights, &split);
+    float apart =
+        0; /* a double that is the largest of floats stops gcc 12 for arm64 with an error of its own */
     for (int i = 0; i < NUMBERS; i++) {
         int t = i / WIDTH, h = i % WIDTH / HEAD_SIZE;
-        apart = fmax(apart, fabs(out[i] - out[NUMBERS + (h * TOKENS + t) * HEAD_SIZE + i % HEAD_SIZE]));
+        apart = fmaxf(apart, fabsf(out[i] - out[NUMBERS + (h * TOKENS + t) * HEAD_SIZE + i % HEAD_SIZE]));
     }
 
     double ratio = split.scale / whole.scale;

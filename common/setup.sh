@@ -4,7 +4,8 @@
 #
 #   setup.sh          for make demo: a C and a C++ compiler, a CBLAS, gnuplot
 #   setup.sh tests    also Criterion
-#   setup.sh ci       also make, git, clang with its sanitizers and fuzzer, clang-format
+#   setup.sh ci       also make, git, clang with its sanitizers and fuzzer, clang-format; on x86-64 a compiler for arm64
+#                     and an emulator that runs what it builds
 #
 # SETUP=no skips all of it.
 set -u
@@ -50,7 +51,23 @@ look() {
         else
             missing="$missing clang-libraries"
         fi
+        if [ "$(uname -m)" = x86_64 ]; then
+            printf '#include <stdio.h>\nint main(void) { return 0; }\n' > "$tmp/a.c"
+            if has aarch64-linux-gnu-gcc && aarch64-linux-gnu-gcc -o "$tmp/a" "$tmp/a.c" 2> /dev/null; then
+                found="$found arm64-compiler"
+            else
+                missing="$missing arm64-compiler"
+            fi
+            if has qemu-aarch64; then found="$found arm64-emulator"; else missing="$missing arm64-emulator"; fi
+        fi
     fi
+}
+
+# A package that is not in every release, if this one has it: one unknown name would stop all from being installed.
+if_apt_has() {
+    for package in "$@"; do
+        [ -z "$(apt-cache policy "$package" 2> /dev/null | grep 'Candidate: [0-9]')" ] || echo "$package"
+    done
 }
 
 # Which packages bring them, by package manager.
@@ -62,19 +79,24 @@ packages() {
         apt-get:blas) echo libopenblas-openmp-dev ;;
         apt-get:criterion) echo libcriterion-dev ;;
         apt-get:gnuplot) echo gnuplot-nox fonts-dejavu-core ;;
-        apt-get:clang-libraries) echo libomp-dev; [ -z "$(apt-cache policy libclang-rt-dev 2> /dev/null | grep 'Candidate: [0-9]')" ] || echo libclang-rt-dev ;;
+        apt-get:clang-libraries) echo libomp-dev; if_apt_has libclang-rt-dev ;;
+        apt-get:arm64-compiler) if_apt_has gcc-aarch64-linux-gnu libc6-dev-arm64-cross ;;
+        apt-get:arm64-emulator) if_apt_has qemu-user ;;
         dnf:compiler) echo gcc glibc-devel ;;
         dnf:c++) echo gcc-c++ ;;
         dnf:blas) echo openblas-devel ;;
         dnf:criterion) echo libcriterion-devel ;;
         dnf:clang-libraries) echo libomp-devel compiler-rt ;;
         dnf:clang-format) echo clang-tools-extra ;;
+        dnf:arm64-* | brew:arm64-*) ;; # a cross compiler without a C library, or none
         pacman:compiler) echo gcc ;;
         pacman:c++ | brew:c++) echo gcc ;;
         pacman:blas) echo openblas ;;
         pacman:criterion) ;; # not in its official repositories
         pacman:clang-libraries) echo openmp ;;
         pacman:clang-format) echo clang ;;
+        pacman:arm64-compiler) echo aarch64-linux-gnu-gcc ;;
+        pacman:arm64-emulator) echo qemu-user ;;
         brew:compiler) echo gcc ;;
         brew:blas) ;; # Accelerate is part of macOS
         brew:clang-libraries) echo libomp ;;
@@ -92,6 +114,7 @@ say_what() {
         c++) echo "  ✗ c++         runs the CUDA kernels on this processor (--device simt)" ;;
         gnuplot) echo "  ✗ gnuplot     draws the charts" ;;
         criterion) echo "  ✗ criterion   runs the tests" ;;
+        arm64-*) echo "  ✗ $part: without it, what is built for arm64 is not tried" ;;
         *) echo "  ✗ $part" ;;
         esac
     done
@@ -105,14 +128,6 @@ if [ -n "$missing" ]; then
     for candidate in apt-get dnf pacman brew; do
         has $candidate && manager=$candidate && break
     done
-    list=$(packages "$manager")
-    case $manager in
-    apt-get) command="apt-get install -y $list" ;;
-    dnf) command="dnf install -y $list" ;;
-    pacman) command="pacman -S --noconfirm $list" ;;
-    brew) command="brew install $list" ;;
-    *) command= ;;
-    esac
     root=
     if [ "$manager" = brew ] || [ "$(id -u)" = 0 ]; then
         allowed=yes
@@ -121,16 +136,24 @@ if [ -n "$missing" ]; then
     else
         allowed=no
     fi
+    if [ "$manager" = apt-get ] && [ $allowed = yes ]; then # first: a bare machine knows no packages yet
+        ${root}apt-get update -q > "$tmp/log" 2>&1
+    fi
+    list=$(packages "$manager")
+    case $manager in
+    apt-get) command="apt-get install -y $list" ;;
+    dnf) command="dnf install -y $list" ;;
+    pacman) command="pacman -S --noconfirm $list" ;;
+    brew) command="brew install $list" ;;
+    *) command= ;;
+    esac
     if [ -z "$command" ] || [ -z "$list" ]; then
         echo "No package manager that this script knows has them; install by hand what is marked ✗."
     elif [ $allowed = no ]; then
         echo "To install what is missing, type:  sudo $command"
     else
         echo "Installing: $list"
-        if [ "$manager" = apt-get ]; then
-            command="env DEBIAN_FRONTEND=noninteractive $command"
-            ${root}apt-get update -q > "$tmp/log" 2>&1
-        fi
+        [ "$manager" != apt-get ] || command="env DEBIAN_FRONTEND=noninteractive $command"
         if $root$command >> "$tmp/log" 2>&1 < /dev/null; then
             look
             say_what
