@@ -4,6 +4,7 @@
 #include "flash_modules.h"
 #include "flash_modules_backward.h"
 #include "flash_tiled.h"
+#include "flash_tiled_bf16.h"
 #include "flash_tiled_backward.h"
 #include "flash_tiled_simd.h"
 #include "flash_tiled_simd_backward.h"
@@ -95,6 +96,20 @@ static void backward_simd(const Tensors *t, const AttentionShape *s)
     float *const *d = t->backward_workspace;
     AttentionBackward g = gradients(t);
     attention_simd_backward(&g, d[0], d[2], d[1], s);
+}
+
+/* In bf16 the pointers stand for 16-bit numbers. */
+static int workspace_bf16(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = bf16_copies(s);
+    floats[1] = bf16_scratch(s);
+    return 2;
+}
+
+static void forward_bf16(const Tensors *t, const AttentionShape *s)
+{
+    attention_bf16((Bf16 *)t->out, t->lse, t->workspace[0], t->workspace[1], (const Bf16 *)t->q,
+                   (const Bf16 *)t->k, (const Bf16 *)t->v, s);
 }
 
 /* ---- Modules ---- */
@@ -264,6 +279,13 @@ static const Kernel kernels[] = {
      .workspace = workspace_simd,
      .backward_workspace = backward_workspace_simd,
      .dropout = DROPOUT_POSITION},
+    {.name = "simd",
+     .what = "in bf16: multiply-adds of pairs",
+     .takes = TAKES_QKV,
+     .forward = forward_bf16,
+     .workspace = workspace_bf16,
+     .bf16 = true,
+     .dropout = DROPOUT_NONE},
     {.name = "sdpa",
      .what = "implementation 5: one packed projection, scaled_dot_product_attention(is_causal=True)",
      .takes = TAKES_X,

@@ -1,0 +1,64 @@
+/* Vectors of pairs of bf16. A multiply-add of bf16 takes a pair of them from each side:
+ *
+ *     sum += first(a) * first(b) + second(a) * second(b)          sum in float32, in each lane
+ *
+ * one instruction where the processor has AVX512_BF16, twice the multiply-adds of a float32 instruction. Elsewhere the
+ * same sum is two multiply-adds in float32: bf16 is a float32 cut off, so that widening is a shift. */
+#ifndef BF16_VECTORS_H
+#define BF16_VECTORS_H
+
+#include "flash_vectors.h"
+
+#include <stddef.h>
+#include <string.h>
+
+typedef uint16_t Bf16;
+typedef uint32_t __attribute__((may_alias)) Pair; /* two neighbours in memory; the first is the lower half */
+typedef uint32_t PairVector __attribute__((vector_size(LANES * sizeof(Pair)), may_alias));
+
+static const Pair upper_half = 0xffff0000u;
+
+/* sum + a * b, the pair `a` for all lanes. */
+static inline __attribute__((always_inline)) Vector add_pair_products(Vector sum, Pair a, PairVector b)
+{
+#ifdef __AVX512BF16__
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+#else
+    PairVector all = (PairVector){0} + a;
+    sum += (Vector)(all & upper_half) * (Vector)(b & upper_half);
+    return sum + (Vector)(all << 16) * (Vector)(b << 16);
+#endif
+}
+
+/* Pairs of float32 rounded to bf16, to nearest, ties to even. NaN stays NaN. */
+static inline __attribute__((always_inline)) PairVector pairs_from(Vector first, Vector second)
+{
+    PairVector a = (PairVector)first, b = (PairVector)second;
+    a += 0x7fff + (a >> 16 & 1);
+    b += 0x7fff + (b >> 16 & 1);
+    return a >> 16 | (b & upper_half);
+}
+
+static inline Bf16 bf16_from(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (Bf16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* 2^x for x <= 127, as exp2_vector() of flash_vectors.h with a term less: relative error 9e-8. Below -127 exactly 0, NaN
+ * stays NaN. */
+static inline __attribute__((always_inline)) Vector exp2_short(Vector x)
+{
+    const float shift = 12582912.0f;
+    x = vector_max((Vector){0} - 127.0f, x);
+    Vector shifted = x + shift, f = x - (shifted - shift);
+    Vector p = 1.326472721e-3f * f + 9.671512812e-3f;
+    p = p * f + 5.550733745e-2f;
+    p = p * f + 2.402224208e-1f;
+    p = p * f + 6.931469776e-1f;
+    p = p * f + 1.0f;
+    return p * (Vector)(((IntVector)shifted + 127) << 23);
+}
+
+#endif
