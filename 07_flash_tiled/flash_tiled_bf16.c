@@ -23,7 +23,7 @@ static const float headroom = 20;
 
 enum {
     ROWS = FLASH_ROWS, /* queries of a block */
-    KEYS = 128,        /* keys of a tile; they come in groups of TILE */
+    KEYS = 256,        /* keys of a tile; they come in groups of TILE */
 };
 
 static int smaller(int a, int b)
@@ -69,15 +69,13 @@ size_t bf16_copies(const AttentionShape *s)
 
 static void pair_values(Pair *copy, const Bf16 *v, int keys, const AttentionShape *s)
 {
-    int HS = s->head_size;
-    for (int d0 = 0; d0 < HS; d0 += TILE)
-        for (int key = 0; key < round_up(s->key_tokens, TILE); key += 2, copy += TILE)
-            for (int i = 0; i < TILE; i++) {
-                bool there = d0 + i < HS;
-                const Bf16 *at = v + (size_t)key * HS + d0 + i;
-                Pair first = there && key < keys ? at[0] : 0, second = there && key + 1 < keys ? at[HS] : 0;
-                copy[i] = first | second << 16;
-            }
+    int HS = s->head_size, width = round_up(HS, TILE);
+    memset(copy, 0, value_pairs(s) * sizeof *copy);
+    for (int key = 0; key + 1 < keys; key += 2, copy += width, v += 2 * HS)
+        for (int d = 0; d < HS; d++)
+            copy[d] = v[d] | (Pair)v[HS + d] << 16;
+    for (int d = 0; keys % 2 && d < HS; d++)
+        copy[d] = v[d];
 }
 
 static void pad_keys(Pair *copy, const Bf16 *k, int keys, const AttentionShape *s)
@@ -94,19 +92,36 @@ static void pad_keys(Pair *copy, const Bf16 *k, int keys, const AttentionShape *
 typedef struct {
     const AttentionShape *s;
     int b, h, t, rows;
-    const Pair *k, *v;  /* of this head: (TK, HS / 2), and the copy */
-    Pair *q_columns;    /* (HS / 2, ROWS): pairs of a query's numbers */
-    float *out_columns; /* (HS, ROWS): not yet divided by l */
-    _Alignas(64) float m[ROWS]; /* scores are weighed as 2^(score - m) */
-    _Alignas(64) float l[ROWS]; /* the sum of the weights so far; 0: nothing yet */
-    int first[ROWS], end[ROWS]; /* a row sees no key outside */
-    bool one_run;               /* and every key inside, if there is no bias */
+    const Pair *k, *v;                              /* of this head: (TK, HS / 2), and the copy */
+    Pair *q_columns;                                /* (HS / 2, ROWS): pairs of a query's numbers */
+    float *out_columns;                             /* (HS, ROWS): not yet divided by l */
+    _Alignas(64) float m[ROWS];                     /* scores are weighed as 2^(score - m) */
+    _Alignas(64) float l[ROWS];                     /* the sum of the weights so far; 0: nothing yet */
+    int first[ROWS], end[ROWS];                     /* a row sees no key outside */
+    int vector_first[VECTORS], vector_end[VECTORS]; /* nor does a vector of rows */
+    bool one_run;                                   /* and every key inside, if there is no bias */
 } Block;
 
 /* Pairs of q_columns and floats of out_columns. */
 static size_t columns(const AttentionShape *s)
 {
     return (size_t)round_up(s->head_size, TILE) * ROWS;
+}
+
+/* A row's HS numbers as a column of pairs, and back. */
+INLINE void row_to_column(Pair *column, const Bf16 *row, int HS)
+{
+    for (int d = 0; d + 1 < HS; d += 2)
+        memcpy(column + (size_t)d / 2 * ROWS, row + d, sizeof(Pair));
+    if (HS % 2)
+        column[(size_t)HS / 2 * ROWS] = row[HS - 1];
+}
+INLINE void column_to_row(Bf16 *row, const Pair *column, int HS)
+{
+    for (int d = 0; d + 1 < HS; d += 2)
+        memcpy(row + d, column + (size_t)d / 2 * ROWS, sizeof(Pair));
+    if (HS % 2)
+        row[HS - 1] = (Bf16)column[(size_t)HS / 2 * ROWS];
 }
 
 static void begin(Block *x, const Bf16 *q, float *scratch)
@@ -118,11 +133,13 @@ static void begin(Block *x, const Bf16 *q, float *scratch)
     memset(x->m, 0, sizeof x->m);
     memset(x->l, 0, sizeof x->l);
     memset(x->end, 0, sizeof x->end);
+    memset(x->vector_end, 0, sizeof x->vector_end);
     for (int r = 0; r < x->rows; r++) {
-        const Bf16 *row = q + query_row(s, x->b, x->h, x->t + r);
-        for (int d = 0; d < s->head_size; d++)
-            ((Bf16 *)(x->q_columns + (size_t)d / 2 * ROWS + r))[d % 2] = row[d];
+        row_to_column(x->q_columns + r, q + query_row(s, x->b, x->h, x->t + r), s->head_size);
         x->one_run = flash_bounds(s, x->b, x->t + r, &x->first[r], &x->end[r]);
+        int j = r / LANES;
+        x->vector_first[j] = r % LANES ? smaller(x->vector_first[j], x->first[r]) : x->first[r];
+        x->vector_end[j] = larger(x->vector_end[j], x->end[r]);
     }
 }
 
@@ -195,10 +212,23 @@ INLINE void weigh(const Block *x, Pair *p, Vector top[VECTORS], Vector sum[VECTO
     }
 }
 
+static bool all_true(IntVector mask)
+{
+    int all = -1;
+    for (int i = 0; i < LANES; i++)
+        all &= mask[i];
+    return all;
+}
+
 /* Do the weights fit with this m? As raise_maximum() of flash_tiled_simd.c: true if the tile must be weighed again. */
 static bool raise_maximum(Block *x, const Vector top[VECTORS], int from, int vectors)
 {
     bool again = false;
+    IntVector fits = (IntVector){0} - 1;
+    for (int j = 0; j < vectors; j++)
+        fits &= (top[j] <= headroom) & (((const Vector *)x->l)[from + j] != 0);
+    if (all_true(fits))
+        return false;
     for (int i = 0; i < vectors * LANES; i++) {
         int row = from * LANES + i;
         float above = ((const float *)top)[i];
@@ -215,20 +245,45 @@ static bool raise_maximum(Block *x, const Vector top[VECTORS], int from, int vec
     return again;
 }
 
+/* Weights that are dropped become 0; what is kept grows at the end. A lane is a row, one Philox call four of its keys. */
+static void drop_out(const Block *x, Pair *p, int key, int keys, int from, int vectors)
+{
+    const AttentionShape *s = x->s;
+    uint32_t threshold = dropout_threshold(s->dropout);
+    for (int j = from; j < from + vectors; j++) {
+        WordVector row_low = {0}, row_high = {0}, word[4];
+        for (int i = 0; i < LANES; i++) {
+            size_t row = lse_index(s, x->b, x->h, x->t + j * LANES + i);
+            row_low[i] = (uint32_t)row;
+            row_high[i] = (uint32_t)(row >> 32);
+        }
+        for (int k = 0; k < keys; k += 4) {
+            PairVector *pairs = (PairVector *)(p + k / 2 * ROWS) + j;
+            dropout_word_vectors(word, s->dropout_seed, row_low, row_high,
+                                 (WordVector){0} + (uint32_t)(key + k) / 4);
+            for (int i = 0; i < 2; i++) {
+                PairVector first = (PairVector)(word[2 * i] >= threshold),
+                           second = (PairVector)(word[2 * i + 1] >= threshold);
+                pairs[i * VECTORS] &= (first & lower_half) | (second & upper_half);
+            }
+        }
+    }
+}
+
 /* out += p^T V, TILE numbers of each value at a time. */
 INLINE void add_values(Block *x, const Pair *p, int key, int keys, int from, int vectors)
 {
-    size_t panel = (size_t)round_up(x->s->key_tokens, TILE) / 2 * TILE;
+    size_t width = round_up(x->s->head_size, TILE);
     for (int d = 0; d < x->s->head_size; d += TILE) {
         Vector c[TILE][VECTORS], *out = (Vector *)x->out_columns + (size_t)d * VECTORS + from;
         const Pair *v[TILE];
         for (int i = 0; i < TILE; i++)
-            v[i] = x->v + d / TILE * panel + (size_t)key / 2 * TILE + i;
+            v[i] = x->v + (size_t)key / 2 * width + d + i;
         EACH_VECTOR(i, j, vectors)
         {
             c[i][j] = out[i * VECTORS + j];
         }
-        multiply(c, vectors, v, TILE, p + from * LANES, keys / 2);
+        multiply(c, vectors, v, width, p + from * LANES, keys / 2);
         EACH_VECTOR(i, j, vectors)
         {
             out[i * VECTORS + j] = c[i][j];
@@ -245,6 +300,8 @@ INLINE void attend_tile(Block *x, int key, int keys, bool look, int from, int ve
         weigh(x, p, top, sum, key, keys, look, from, vectors);
     for (int j = 0; j < vectors; j++)
         ((Vector *)x->l)[from + j] += sum[j];
+    if (x->s->dropout > 0)
+        drop_out(x, p, key, keys, from, vectors);
     add_values(x, p, key, keys, from, vectors);
 }
 
@@ -253,10 +310,10 @@ static void seeing_vectors(const Block *x, int key, int *from, int *to)
 {
     *from = VECTORS;
     *to = 0;
-    for (int r = 0; r < x->rows; r++)
-        if (x->first[r] < key + TILE && key < x->end[r]) {
-            *from = smaller(*from, r / LANES);
-            *to = r / LANES + 1;
+    for (int j = 0; j < VECTORS; j++)
+        if (key < x->vector_end[j] && x->vector_first[j] < key + TILE) {
+            *from = smaller(*from, j);
+            *to = j + 1;
         }
 }
 
@@ -304,16 +361,23 @@ static void attend_allowed(Block *x)
     attend(x, all_end, end, true);
 }
 
-static void finish(const Block *x, Bf16 *out, float *lse)
+/* out = out_columns / l, through q_columns, which nobody needs any more. */
+static void finish(Block *x, Bf16 *out, float *lse)
 {
     const AttentionShape *s = x->s;
+    for (int j = 0; j < VECTORS; j++) {
+        Vector l = ((const Vector *)x->l)[j] * (1 - s->dropout);
+        Vector one_over_l = vector_select(l == 0, (Vector){0}, 1 / l);
+        for (int i = 0; i < row_pairs(s); i++) {
+            const Vector *both = (const Vector *)x->out_columns + (size_t)2 * i * VECTORS + j;
+            ((PairVector *)x->q_columns)[i * VECTORS + j] =
+                pairs_from(both[0] * one_over_l, both[VECTORS] * one_over_l);
+        }
+    }
     for (int r = 0; r < x->rows; r++) {
-        float l = x->l[r], one_over_l = l == 0 ? 0 : 1 / l;
-        Bf16 *row = out + query_row(s, x->b, x->h, x->t + r);
-        for (int d = 0; d < s->head_size; d++)
-            row[d] = bf16_from(x->out_columns[(size_t)d * ROWS + r] * one_over_l);
+        column_to_row(out + query_row(s, x->b, x->h, x->t + r), x->q_columns + r, s->head_size);
         lse[lse_index(s, x->b, x->h, x->t + r)] =
-            l == 0 ? -INFINITY : (float)((x->m[r] + log2((double)l)) / 1.4426950408889634);
+            x->l[r] == 0 ? -INFINITY : (float)((x->m[r] + log2((double)x->l[r])) / 1.4426950408889634);
     }
 }
 

@@ -285,7 +285,7 @@ static const Kernel kernels[] = {
      .forward = forward_bf16,
      .workspace = workspace_bf16,
      .bf16 = true,
-     .dropout = DROPOUT_NONE},
+     .dropout = DROPOUT_POSITION},
     {.name = "sdpa",
      .what = "implementation 5: one packed projection, scaled_dot_product_attention(is_causal=True)",
      .takes = TAKES_X,

@@ -167,7 +167,7 @@ Refusal open_run(Run *run, const Chapter *chapter, const Kernel *kernel, const O
                   (s->dropout > 0 && kernel->dropout != DROPOUT_POSITION ? (double)weights_count(s) : 0) +
                   (o->bias_randn ? 4.0 * s->heads * (double)s->tokens * s->key_tokens : 0);
     if (kernel->weights == WEIGHTS_PER_HEAD)
-        need -= 4.0 * (double)run->weights_size; /* counted in extra */
+        need -= 4.0 * (double)run->weights_size;              /* counted in extra */
     bool bf16_here = kernel->bf16 && o->device == DEVICE_CPU; /* its tensors stand beside their float32 */
     if (bf16_here)
         need += 0.5 * (need - extra);
