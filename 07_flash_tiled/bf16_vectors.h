@@ -46,6 +46,33 @@ static inline __attribute__((always_inline)) PairVector pairs_from(Vector first,
 #endif
 }
 
+/* LANES numbers rounded likewise, one behind the other. */
+static inline __attribute__((always_inline)) void store_row(Bf16 *row, Vector x)
+{
+#ifdef __AVX512BF16__
+    _mm256_storeu_si256((__m256i *)row, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+    PairVector rounded = pairs_from(x, (Vector){0});
+    for (int i = 0; i < LANES; i++)
+        row[i] = (Bf16)rounded[i];
+#endif
+}
+
+static inline Bf16 bf16_from(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (Bf16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+static inline float float_from(Bf16 x)
+{
+    uint32_t bits = (uint32_t)x << 16;
+    float wide;
+    memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
 /* 2^x for x <= 127, as exp2_vector() of flash_vectors.h with a term less: relative error 9e-8. Below -150 exactly 0, NaN
  * stays NaN. */
 static inline __attribute__((always_inline)) Vector exp2_short(Vector x)
