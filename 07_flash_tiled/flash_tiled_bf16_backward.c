@@ -19,7 +19,7 @@
 static const float log2e = 1.44269504f;
 
 enum {
-    ROWS = 48,                  /* queries and */
+    ROWS = 96,                  /* queries and */
     KEYS = 192,                 /* keys of a tile */
     KEY_STEP = VECTORS * LANES, /* keys of one register tile of S */
     WIDE = 2 * LANES,           /* numbers of a head in one register tile of dQ, dK, dV */
