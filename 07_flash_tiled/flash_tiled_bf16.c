@@ -69,9 +69,10 @@ size_t bf16_copies(const AttentionShape *s)
 
 static void pair_values(Pair *copy, const Bf16 *v, int keys, const AttentionShape *s)
 {
-    int HS = s->head_size, width = round_up(HS, TILE);
-    memset(copy, 0, value_pairs(s) * sizeof *copy);
-    for (int key = 0; key + 1 < keys; key += 2, copy += width, v += 2 * HS)
+    int HS = s->head_size, width = round_up(HS, TILE), pairs = keys / 2;
+    if ((size_t)pairs * HS < value_pairs(s)) /* some numbers have no partner, or no place */
+        memset(copy, 0, value_pairs(s) * sizeof *copy);
+    for (int i = 0; i < pairs; i++, copy += width, v += 2 * HS)
         for (int d = 0; d < HS; d++)
             copy[d] = v[d] | (Pair)v[HS + d] << 16;
     for (int d = 0; keys % 2 && d < HS; d++)
@@ -129,7 +130,9 @@ static void begin(Block *x, const Bf16 *q, float *scratch)
     const AttentionShape *s = x->s;
     x->out_columns = scratch;
     x->q_columns = (Pair *)(scratch + columns(s));
-    memset(scratch, 0, 2 * columns(s) * sizeof *scratch);
+    memset(x->out_columns, 0, columns(s) * sizeof *x->out_columns);
+    if (x->rows < ROWS)
+        memset(x->q_columns, 0, columns(s) * sizeof *x->q_columns);
     memset(x->m, 0, sizeof x->m);
     memset(x->l, 0, sizeof x->l);
     memset(x->end, 0, sizeof x->end);
@@ -377,7 +380,7 @@ static void finish(Block *x, Bf16 *out, float *lse)
     for (int r = 0; r < x->rows; r++) {
         column_to_row(out + query_row(s, x->b, x->h, x->t + r), x->q_columns + r, s->head_size);
         lse[lse_index(s, x->b, x->h, x->t + r)] =
-            x->l[r] == 0 ? -INFINITY : (float)((x->m[r] + log2((double)x->l[r])) / 1.4426950408889634);
+            x->l[r] == 0 ? -INFINITY : (x->m[r] + log2f(x->l[r])) / log2e;
     }
 }
 
