@@ -12,6 +12,8 @@
 #include <stddef.h>
 #include <string.h>
 
+#define INLINE static inline __attribute__((always_inline))
+
 typedef uint16_t Bf16;
 typedef uint32_t __attribute__((may_alias)) Pair; /* two neighbours in memory; the first is the lower half */
 typedef uint32_t PairVector __attribute__((vector_size(LANES * sizeof(Pair)), may_alias));
@@ -19,7 +21,7 @@ typedef uint32_t PairVector __attribute__((vector_size(LANES * sizeof(Pair)), ma
 static const Pair upper_half = 0xffff0000u, lower_half = 0xffff;
 
 /* sum + a * b, the pair `a` for all lanes. */
-static inline __attribute__((always_inline)) Vector add_pair_products(Vector sum, Pair a, PairVector b)
+INLINE Vector add_pair_products(Vector sum, Pair a, PairVector b)
 {
 #ifdef __AVX512BF16__
     return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
@@ -31,7 +33,7 @@ static inline __attribute__((always_inline)) Vector add_pair_products(Vector sum
 }
 
 /* Pairs of float32 rounded to bf16, to nearest, ties to even. NaN stays NaN. */
-static inline __attribute__((always_inline)) PairVector pairs_from(Vector first, Vector second)
+INLINE PairVector pairs_from(Vector first, Vector second)
 {
 #ifdef __AVX512BF16__
     static const uint16_t zip[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
@@ -47,7 +49,7 @@ static inline __attribute__((always_inline)) PairVector pairs_from(Vector first,
 }
 
 /* LANES numbers rounded likewise, one behind the other. */
-static inline __attribute__((always_inline)) void store_row(Bf16 *row, Vector x)
+INLINE void store_row(Bf16 *row, Vector x)
 {
 #ifdef __AVX512BF16__
     _mm256_storeu_si256((__m256i *)row, (__m256i)_mm512_cvtneps_pbh((__m512)x));
@@ -75,7 +77,7 @@ static inline float float_from(Bf16 x)
 
 /* 2^x for x <= 127, as exp2_vector() of flash_vectors.h with a term less: relative error 9e-8. Below -150 exactly 0, NaN
  * stays NaN. */
-static inline __attribute__((always_inline)) Vector exp2_short(Vector x)
+INLINE Vector exp2_short(Vector x)
 {
 #ifdef __AVX512F__
     x = vector_max((Vector){0} - 200.0f, x);

@@ -14,8 +14,6 @@
 #include "flash_dropout.h"
 #include "flash_tiled_simd.h"
 
-#define INLINE static inline __attribute__((always_inline))
-
 static const float log2e = 1.44269504f;
 
 /* How far a score may stand above m, in powers of two, before m has to follow. */
