@@ -4,6 +4,8 @@
 #include "flash_modules.h"
 #include "flash_modules_backward.h"
 #include "flash_tiled.h"
+#include "flash_tiled_bf16.h"
+#include "flash_tiled_bf16_backward.h"
 #include "flash_tiled_backward.h"
 #include "flash_tiled_simd.h"
 #include "flash_tiled_simd_backward.h"
@@ -95,6 +97,42 @@ static void backward_simd(const Tensors *t, const AttentionShape *s)
     float *const *d = t->backward_workspace;
     AttentionBackward g = gradients(t);
     attention_simd_backward(&g, d[0], d[2], d[1], s);
+}
+
+/* In bf16 the pointers stand for 16-bit numbers. */
+static int workspace_bf16(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = bf16_copies(s);
+    floats[1] = bf16_scratch(s);
+    return 2;
+}
+
+static void forward_bf16(const Tensors *t, const AttentionShape *s)
+{
+    attention_bf16((Bf16 *)t->out, t->lse, t->workspace[0], t->workspace[1], (const Bf16 *)t->q,
+                   (const Bf16 *)t->k, (const Bf16 *)t->v, s);
+}
+
+static int backward_workspace_bf16(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+{
+    floats[0] = lse_count(s);
+    floats[1] = bf16_gradient_sums(s);
+    floats[2] = bf16_backward_scratch(s);
+    return 3;
+}
+
+static void backward_bf16(const Tensors *t, const AttentionShape *s)
+{
+    float *const *d = t->backward_workspace;
+    const Bf16Backward g = {(const Bf16 *)t->q,   (const Bf16 *)t->k,    (const Bf16 *)t->v,
+                            (const Bf16 *)t->out, (const Bf16 *)t->dout, t->lse,
+                            (Bf16 *)t->dq,        (Bf16 *)t->dk,         (Bf16 *)t->dv};
+    attention_bf16_backward(&g, d[0], d[1], d[2], s);
+}
+
+static const char *no_bias(const AttentionShape *s)
+{
+    return s->bias ? "takes no --bias in its backward pass in bf16; --dtype f32 does" : NULL;
 }
 
 /* ---- Modules ---- */
@@ -263,6 +301,16 @@ static const Kernel kernels[] = {
      .backward = backward_simd,
      .workspace = workspace_simd,
      .backward_workspace = backward_workspace_simd,
+     .dropout = DROPOUT_POSITION},
+    {.name = "simd",
+     .what = "in bf16: multiply-adds of pairs",
+     .takes = TAKES_QKV,
+     .forward = forward_bf16,
+     .workspace = workspace_bf16,
+     .backward = backward_bf16,
+     .backward_workspace = backward_workspace_bf16,
+     .refuses_backward = no_bias,
+     .bf16 = true,
      .dropout = DROPOUT_POSITION},
     {.name = "sdpa",
      .what = "implementation 5: one packed projection, scaled_dot_product_attention(is_causal=True)",

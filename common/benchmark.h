@@ -22,9 +22,10 @@ Timing summarise(double *ms, int n);
 double median(double *values, int n); /* sorts them */
 
 /* GFLOP/s of a burst of independent float32 multiply-adds on `threads` threads at once, about `ms`
- * milliseconds long, as wide as this build's vectors are. Take bursts right before and after what is timed:
- * clocks wander. */
-double peak_burst_gflops(int threads, double ms);
+ * milliseconds long, as wide as this build's vectors are; bf16: of multiply-adds of bf16 into float32, where the
+ * processor has an instruction for them, else the same. Take bursts right before and after what is timed: clocks
+ * wander. */
+double peak_burst_gflops(int threads, double ms, bool bf16);
 
 /* The machine's name for charts and TSV rows: $MACHINE, or the processor's name and the number of cores. */
 const char *machine_name(void);

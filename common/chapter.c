@@ -37,11 +37,22 @@ const Kernel *kernel_named(const Chapter *chapter, const char *name)
     return kernel->name ? kernel : NULL;
 }
 
+/* The row that stands for this one's name under --dtype: the other dtype's, where the name has two. */
+static bool other_dtype(const Chapter *chapter, const Kernel *kernel, bool bf16)
+{
+    if (kernel->bf16 == bf16)
+        return false;
+    for (const Kernel *k = chapter->kernels; k->name; k++)
+        if (k->bf16 == bf16 && strcmp(k->name, kernel->name) == 0)
+            return true;
+    return false;
+}
+
 /* The i-th kernel: the CPU's, then those that only devices have and this build can list; NULL behind the last. */
 static const Kernel *listed(const Chapter *chapter, int i)
 {
     for (const Kernel *k = chapter->kernels; k->name; k++)
-        if (i-- == 0)
+        if (!other_dtype(chapter, k, false) && i-- == 0)
             return k;
     for (const DeviceKernels *file = chapter->device_kernels; file->names; file++)
         for (const Kernel *k = file->simt ? file->simt : file->cuda; k && k->name; k++)
@@ -100,7 +111,10 @@ static void print_list(const Chapter *chapter)
     const Kernel *k;
     for (int i = 0; (k = listed(chapter, i)); i++) {
         printf("%s %s %s %s ", k->name, k->takes == TAKES_X ? "x" : "qkv",
-               k->backward ? "forward,backward" : "forward", k->bf16 ? "bf16" : "f32");
+               k->backward ? "forward,backward" : "forward",
+               k->bf16                         ? "bf16"
+               : other_dtype(chapter, k, true) ? "f32,bf16"
+                                               : "f32");
         print_devices(chapter, k->name);
         printf("\n");
     }
@@ -183,6 +197,8 @@ static int compute(const Chapter *chapter, const Options *o, int threads)
         const Kernel *kernel = &chapter->kernels[i];
         if (!all_kernels(o) && strcmp(o->kernel, kernel->name) != 0)
             continue;
+        if (other_dtype(chapter, kernel, o->dtype == DTYPE_BF16))
+            continue;
         Refusal here = open_run(&runs[i], chapter, kernel, o, opened ? open[opened - 1] : NULL, 1);
         if (here.exit_code == 0)
             open[opened++] = &runs[i];
@@ -220,7 +236,7 @@ static int compute(const Chapter *chapter, const Options *o, int threads)
         }
     }
     if (o->bench && !failed) {
-        if (open[0]->device)
+        if (chapter->device != DEVICE_CPU)
             printf("%s\n", open[0]->device->machine());
         else
             printf("%s; %s; %d thread%s\n", machine_name(), matmul_library(), threads,

@@ -39,6 +39,7 @@ typedef struct {
 extern "C" {
 #endif
 
+extern const Accelerator accelerator_cpu;  /* device_cpu.c: for kernels in bf16 */
 extern const Accelerator accelerator_simt; /* device_simt.c */
 extern const Accelerator accelerator_cuda; /* device_cuda.cu; only where HAVE_CUDA is defined */
 

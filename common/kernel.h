@@ -11,7 +11,7 @@
 enum { MAX_BUFFERS = 8, MAX_PARAMETERS = 512 };
 
 /* What a kernel reads and writes. Pointers that do not concern it are NULL. With Kernel.bf16 the numbers behind q, k, v, out,
- * dout, dq, dk and dv are bf16 in the device's memory, and float32 rounded to bf16 in this machine's. */
+ * dout, dq, dk and dv are bf16 where the kernel reads and writes them, and float32 rounded to bf16 for the oracle. */
 typedef struct {
     const float *q, *k, *v;                 /* cores: (B,NH,T,HS), (B,NKV,TK,HS) twice */
     const float *x;                         /* modules: (B,T,C) */
@@ -93,7 +93,7 @@ typedef struct Kernel {
     bool grouped;             /* takes NKV < NH */
     bool tiled;               /* --tile concerns it */
     bool blocked;             /* --block concerns it */
-    bool bf16;                /* takes --dtype bf16 in place of f32; on a device only */
+    bool bf16;                /* takes --dtype bf16 in place of f32; a row of the same name may take f32 */
     const Defaults *defaults; /* used when no size is given on the command line; NULL: the book's */
     /* Why it cannot do this shape, as "takes one head, not --heads 3", to stand behind "error: kernel NAME ";
      * NULL: it can. */

@@ -1,6 +1,9 @@
 #include "benchmark.h"
 
 #include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 /* As wide as this build's vectors are. */
 #if defined(__AVX512F__)
@@ -35,25 +38,47 @@ static __attribute__((noinline)) void multiply_adds(Vector *sums)
     memcpy(sums, c, sizeof c);
 }
 
-static double one_thread_gflops(double ms)
+/* The same of pairs of bf16; returns how many multiply-adds one instruction does in a lane. */
+static __attribute__((noinline)) int bf16_multiply_adds(Vector *sums)
+{
+#ifdef __AVX512BF16__
+    const __m512bh small = (__m512bh)_mm512_set1_epi32(0x3c003c00); /* 2^-7 */
+    __m512 c[CHAINS];
+    memcpy(c, sums, sizeof c);
+    for (int step = 0; step < STEPS; step++)
+        for (int i = 0; i < CHAINS; i++)
+            c[i] = _mm512_dpbf16_ps(c[i], small, small);
+    memcpy(sums, c, sizeof c);
+    return 2;
+#else
+    multiply_adds(sums);
+    return 1;
+#endif
+}
+
+static double one_thread_gflops(double ms, bool bf16)
 {
     Vector sums[CHAINS];
     memset(sums, 0, sizeof sums);
     multiply_adds(sums); /* wakes the clock and the vector units */
     double start = now(), seconds, rounds = 0;
+    int each = 1;
     do {
-        multiply_adds(sums);
+        if (bf16)
+            each = bf16_multiply_adds(sums);
+        else
+            multiply_adds(sums);
         rounds++;
         seconds = now() - start;
     } while (seconds < 1e-3 * ms);
-    return rounds * 2.0 * STEPS * CHAINS * LANES / seconds * 1e-9;
+    return rounds * 2.0 * each * STEPS * CHAINS * LANES / seconds * 1e-9;
 }
 
-double peak_burst_gflops(int threads, double ms)
+double peak_burst_gflops(int threads, double ms, bool bf16)
 {
     double gflops = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : gflops)
-    gflops += one_thread_gflops(ms);
+    gflops += one_thread_gflops(ms, bf16);
     (void)threads; /* without OpenMP there is one */
     return gflops;
 }

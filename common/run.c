@@ -167,7 +167,10 @@ Refusal open_run(Run *run, const Chapter *chapter, const Kernel *kernel, const O
                   (s->dropout > 0 && kernel->dropout != DROPOUT_POSITION ? (double)weights_count(s) : 0) +
                   (o->bias_randn ? 4.0 * s->heads * (double)s->tokens * s->key_tokens : 0);
     if (kernel->weights == WEIGHTS_PER_HEAD)
-        need -= 4.0 * (double)run->weights_size; /* counted in extra */
+        need -= 4.0 * (double)run->weights_size;              /* counted in extra */
+    bool bf16_here = kernel->bf16 && o->device == DEVICE_CPU; /* its tensors stand beside their float32 */
+    if (bf16_here)
+        need += 0.5 * (need - extra);
     double room = (double)available_memory();
     if (need > 0.95 * room) {
         refusal.exit_code = EXIT_UNAVAILABLE;
@@ -178,7 +181,7 @@ Refusal open_run(Run *run, const Chapter *chapter, const Kernel *kernel, const O
         return refusal;
     }
     run->extra_bytes = (size_t)extra;
-    run->device = accelerator(o->device);
+    run->device = bf16_here ? &accelerator_cpu : accelerator(o->device);
     double device_room = run->device ? (double)run->device->free_memory() : need;
     if (need > device_room) {
         refusal.exit_code = EXIT_UNAVAILABLE;

@@ -29,7 +29,8 @@ typedef struct {
     char gradient_name[64];
     void *owned[24 + 2 * MAX_BUFFERS]; /* what close_run() frees */
     int owned_count;
-    /* For a kernel on a device, where workspace lies too: t's holds none then. NULL: the kernel runs here. */
+    /* For a kernel on a device, where workspace lies too: t's holds none then. A kernel in bf16 that runs here has its
+     * 16-bit tensors that way. NULL: the kernel runs here on t. */
     const Accelerator *device;
     Tensors on_device;           /* t's tensors, in the device's memory */
     AttentionShape device_shape; /* the problem's, its arrays in the device's memory */

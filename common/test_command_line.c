@@ -102,8 +102,9 @@ static const BadLine bad[] = {
     {PACKED, "--kernel packed-qkv --tokens 5 --key-tokens 6", 2, "--key-tokens"},
     {ONLINE, "--kernel online --x x.npy", 2, "not --x"},
     {PACKED, "--kernel packed-qkv --q q.npy", 2, "takes --x"},
-    {FLASH, "--kernel simd --dtype bf16", 2, "takes --dtype f32"},
-    {FLASH, "--dtype bf16", 2, "f32"},
+    {FLASH, "--kernel tiled --dtype bf16", 2, "takes --dtype f32"},
+    {ONLINE, "--dtype bf16", 2, "f32"},
+    {FLASH, "--kernel simd --dtype bf16 --pass both --heads 1 --tokens 3 --bias randn", 2, "takes no --bias"},
     {FLASH, "--kernel tiled --heads 1 --tokens 3 --pass both --dout x.npy", 2,
      "--dout has shape (1, 10, 12)"},
     {PACKED, "--pass backward --dout nan.npy", 1, "NaN"},
@@ -353,7 +354,7 @@ Test(command_line_good, list_help_and_quiet_pipes)
 #else
     cr_expect(strstr(text, "\ntiled qkv forward,backward f32 cpu,simt(no-C++-compiler),cuda(no-"));
 #endif
-    cr_expect(strstr(text, "\nsimd qkv forward,backward f32 cpu\n"));
+    cr_expect(strstr(text, "\nsimd qkv forward,backward f32,bf16 cpu\n"));
     cr_assert(run(FLASH, "--help") == 0);
     read_text("stdout.txt", text, sizeof text);
     cr_expect(strstr(text, "--key-tokens TK") && strstr(text, "tiled"));

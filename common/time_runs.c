@@ -8,7 +8,8 @@
 /* The ceiling right now: the device's own, or this processor's. */
 static double peak_gflops(const Run *run, int threads, double ms)
 {
-    return run->device ? run->device->peak_gflops(ms, run->kernel->bf16) : peak_burst_gflops(threads, ms);
+    return run->device ? run->device->peak_gflops(ms, run->kernel->bf16)
+                       : peak_burst_gflops(threads, ms, false);
 }
 
 static double seconds_of(Run *run)

@@ -1,0 +1,102 @@
+/* Vectors of pairs of bf16. A multiply-add of bf16 takes a pair of them from each side:
+ *
+ *     sum += first(a) * first(b) + second(a) * second(b)          sum in float32, in each lane
+ *
+ * one instruction where the processor has AVX512_BF16, twice the multiply-adds of a float32 instruction. Elsewhere the
+ * same sum is two multiply-adds in float32: bf16 is a float32 cut off, so that widening is a shift. */
+#ifndef BF16_VECTORS_H
+#define BF16_VECTORS_H
+
+#include "flash_vectors.h"
+
+#include <stddef.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef uint16_t Bf16;
+typedef uint32_t __attribute__((may_alias)) Pair; /* two neighbours in memory; the first is the lower half */
+typedef uint32_t PairVector __attribute__((vector_size(LANES * sizeof(Pair)), may_alias));
+
+static const Pair upper_half = 0xffff0000u, lower_half = 0xffff;
+
+/* sum + a * b, the pair `a` for all lanes. */
+INLINE Vector add_pair_products(Vector sum, Pair a, PairVector b)
+{
+#ifdef __AVX512BF16__
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+#else
+    PairVector all = (PairVector){0} + a;
+    sum += (Vector)(all & upper_half) * (Vector)(b & upper_half);
+    return sum + (Vector)(all << 16) * (Vector)(b << 16);
+#endif
+}
+
+/* Pairs of float32 rounded to bf16, to nearest, ties to even. NaN stays NaN. */
+INLINE PairVector pairs_from(Vector first, Vector second)
+{
+#ifdef __AVX512BF16__
+    static const uint16_t zip[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    return (PairVector)_mm512_permutexvar_epi16(_mm512_loadu_si512(zip), both);
+#else
+    PairVector a = (PairVector)first, b = (PairVector)second;
+    a += 0x7fff + (a >> 16 & 1);
+    b += 0x7fff + (b >> 16 & 1);
+    return a >> 16 | (b & upper_half);
+#endif
+}
+
+/* LANES numbers rounded likewise, one behind the other. */
+INLINE void store_row(Bf16 *row, Vector x)
+{
+#ifdef __AVX512BF16__
+    _mm256_storeu_si256((__m256i *)row, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+    PairVector rounded = pairs_from(x, (Vector){0});
+    for (int i = 0; i < LANES; i++)
+        row[i] = (Bf16)rounded[i];
+#endif
+}
+
+static inline Bf16 bf16_from(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (Bf16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+static inline float float_from(Bf16 x)
+{
+    uint32_t bits = (uint32_t)x << 16;
+    float wide;
+    memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+/* 2^x for x <= 127, as exp2_vector() of flash_vectors.h with a term less: relative error 9e-8. Below -150 exactly 0, NaN
+ * stays NaN. */
+INLINE Vector exp2_short(Vector x)
+{
+#ifdef __AVX512F__
+    x = vector_max((Vector){0} - 200.0f, x);
+    Vector n = (Vector)_mm512_roundscale_ps((__m512)x, 0), f = x - n;
+#else
+    const float shift = 12582912.0f;
+    x = vector_max((Vector){0} - 127.0f, x);
+    Vector n = x + shift, f = x - (n - shift); /* the low bits of n are the integer */
+#endif
+    Vector p = 1.326472721e-3f * f + 9.671512812e-3f;
+    p = p * f + 5.550733745e-2f;
+    p = p * f + 2.402224208e-1f;
+    p = p * f + 6.931469776e-1f;
+    p = p * f + 1.0f;
+#ifdef __AVX512F__
+    return (Vector)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    return p * (Vector)(((IntVector)n + 127) << 23);
+#endif
+}
+
+#endif

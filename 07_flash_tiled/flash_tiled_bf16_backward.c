@@ -1,0 +1,450 @@
+/* The gradients of attention in bf16: the five products of flash_tiled_simd_backward.c, keys outside, each with its factors
+ * in pairs along the axis that is summed over.
+ *
+ *     S  = Q K^T      dP = dO V^T     pairs of a row's numbers: Q and dO as they lie, K and V turned once a block of keys
+ *     dV += D^T dO    dK += dS^T Q    pairs of queries: two rows of each side by side
+ *     dQ += dS K                      pairs of keys: dS as its rows lie, two rows of K side by side
+ *
+ * Softmax and its gradient are made of float32 sums in registers; what is rounded to bf16 is D and dS, as factors of the
+ * last three. dK, dV and dQ are summed in float32 and rounded once, at the end. */
+#include "flash_tiled_bf16_backward.h"
+
+#include <math.h>
+
+#include "flash_dropout.h"
+#include "flash_tiled_simd.h"
+
+static const float log2e = 1.44269504f;
+
+enum {
+    ROWS = 96,                  /* queries and */
+    KEYS = 192,                 /* keys of a tile */
+    KEY_STEP = VECTORS * LANES, /* keys of one register tile of S */
+    WIDE = 2 * LANES,           /* numbers of a head in one register tile of dQ, dK, dV */
+    SHARES = 32,                /* with fewer heads (B * NH), their keys are shared out */
+    MOST_LISTS = 64,            /* how many lists of work there are at most */
+};
+
+static int smaller(int a, int b)
+{
+    return a < b ? a : b;
+}
+static int larger(int a, int b)
+{
+    return a > b ? a : b;
+}
+static int round_up(int n, int unit)
+{
+    return (n + unit - 1) / unit * unit;
+}
+
+/* What a task works in. pairs is HS / 2, width HS rounded up to WIDE; what is beyond a row's HS numbers, beyond the last
+ * query or the last key, is zero. */
+typedef struct {
+    int pairs, width;
+    Pair *k_columns, *v_columns;   /* (pairs,KEYS): K^T, V^T, pairs of a row's numbers */
+    Pair *k_pairs;                 /* (KEYS/2,width): pairs of keys */
+    Pair *q_rows, *dout_rows;      /* (ROWS,pairs) */
+    Pair *q_pairs, *dout_pairs;    /* (ROWS/2,width): pairs of queries */
+    Pair *weight_pairs, *ds_pairs; /* (ROWS/2,KEYS): D and dS, pairs of queries */
+    Pair *ds_rows;                 /* (ROWS,KEYS/2): dS, pairs of keys */
+    float *dk, *dv;                /* (KEYS,width): sums so far */
+    float *extra;                  /* (ROWS,KEYS): -inf where a query may not look, else 0 */
+    float *kept;                   /* (ROWS,KEYS): dropout's factor, 0 or 1 / (1 - p) */
+    float *lse, *delta;            /* (ROWS): lse times log2 e, +inf for a row that saw nothing */
+} Scratch;
+
+/* The next n numbers of 4 bytes; at: how many were taken before, in multiples of 64 bytes. */
+static void *take(float *scratch, size_t *at, size_t n)
+{
+    void *taken = scratch ? scratch + *at : NULL;
+    *at += (n + 15) / 16 * 16;
+    return taken;
+}
+
+/* Lays it out in scratch; returns how many floats that takes. scratch NULL: only counts. */
+static size_t lay_out(Scratch *x, float *scratch, int head_size)
+{
+    size_t at = 0, pairs = (head_size + 1) / 2, width = round_up(head_size, WIDE);
+    x->pairs = (int)pairs;
+    x->width = (int)width;
+    x->k_columns = take(scratch, &at, pairs * KEYS);
+    x->v_columns = take(scratch, &at, pairs * KEYS);
+    x->k_pairs = take(scratch, &at, KEYS / 2 * width);
+    x->q_rows = take(scratch, &at, ROWS * pairs);
+    x->dout_rows = take(scratch, &at, ROWS * pairs);
+    x->q_pairs = take(scratch, &at, ROWS / 2 * width);
+    x->dout_pairs = take(scratch, &at, ROWS / 2 * width);
+    x->weight_pairs = take(scratch, &at, ROWS / 2 * KEYS);
+    x->ds_pairs = take(scratch, &at, ROWS / 2 * KEYS);
+    x->ds_rows = take(scratch, &at, ROWS * KEYS / 2);
+    x->dk = take(scratch, &at, KEYS * width);
+    x->dv = take(scratch, &at, KEYS * width);
+    x->extra = take(scratch, &at, ROWS * KEYS);
+    x->kept = take(scratch, &at, ROWS * KEYS);
+    x->lse = take(scratch, &at, ROWS);
+    x->delta = take(scratch, &at, ROWS);
+    return at;
+}
+
+/* ---- A block of keys, and a block of queries ---- */
+
+/* Which of the problem a tile is: queries t .. t + rows - 1, keys key .. key + keys - 1 of head h. */
+typedef struct {
+    const Bf16Backward *g;
+    const AttentionShape *s;
+    const float *delta; /* (B,NH,T) */
+    int b, h;
+    int t, rows;
+    int key, keys;
+} Place;
+
+/* Rows of HS numbers, padded with zeros to pairs. */
+static void copy_rows(Pair *to, const Bf16 *from, int rows, int most, const Scratch *x, int HS)
+{
+    memset(to, 0, (size_t)most * x->pairs * sizeof *to);
+    for (int r = 0; r < rows; r++)
+        memcpy(to + (size_t)r * x->pairs, from + (size_t)r * HS, HS * sizeof *from);
+}
+
+/* Two rows side by side: row r of `to` (most / 2, width) holds rows 2r and 2r + 1. */
+static void pair_rows(Pair *to, const Bf16 *from, int rows, int most, const Scratch *x, int HS)
+{
+    memset(to, 0, (size_t)most / 2 * x->width * sizeof *to);
+    for (int r = 0; r < rows; r += 2, to += x->width, from += 2 * HS) {
+        const Bf16 *second = r + 1 < rows ? from + HS : NULL;
+        for (int d = 0; second && d < HS; d++)
+            to[d] = from[d] | (Pair)second[d] << 16;
+        for (int d = 0; !second && d < HS; d++)
+            to[d] = from[d];
+    }
+}
+
+/* Rows turned: (pairs,KEYS). */
+static void turn_rows(Pair *to, const Bf16 *from, int rows, const Scratch *x, int HS)
+{
+    memset(to, 0, (size_t)x->pairs * KEYS * sizeof *to);
+    for (int r = 0; r < rows; r++, from += HS) {
+        for (int d = 0; d + 1 < HS; d += 2)
+            memcpy(to + (size_t)d / 2 * KEYS + r, from + d, sizeof *to);
+        if (HS % 2)
+            to[(size_t)HS / 2 * KEYS + r] = from[HS - 1];
+    }
+}
+
+static void read_keys(const Scratch *x, const Place *p)
+{
+    int HS = p->s->head_size;
+    const Bf16 *k = p->g->k + key_row(p->s, p->b, p->h, p->key), *v = p->g->v + (k - p->g->k);
+    turn_rows(x->k_columns, k, p->keys, x, HS);
+    turn_rows(x->v_columns, v, p->keys, x, HS);
+    pair_rows(x->k_pairs, k, p->keys, KEYS, x, HS);
+}
+
+/* Rows from `rows` on are zero, and see nothing. */
+static void read_queries(const Scratch *x, const Place *p)
+{
+    int HS = p->s->head_size;
+    size_t row = query_row(p->s, p->b, p->h, p->t), first = lse_index(p->s, p->b, p->h, p->t);
+    copy_rows(x->q_rows, p->g->q + row, p->rows, ROWS, x, HS);
+    copy_rows(x->dout_rows, p->g->dout + row, p->rows, ROWS, x, HS);
+    pair_rows(x->q_pairs, p->g->q + row, p->rows, ROWS, x, HS);
+    pair_rows(x->dout_pairs, p->g->dout + row, p->rows, ROWS, x, HS);
+    for (int r = 0; r < ROWS; r++) {
+        float lse = r < p->rows ? p->g->lse[first + r] : -INFINITY;
+        x->lse[r] = lse == -INFINITY ? INFINITY : log2e * lse; /* 2^(score - inf) = 0 */
+        x->delta[r] = r < p->rows ? p->delta[first + r] : 0;
+    }
+}
+
+/* ---- One tile ---- */
+
+/* Which keys of its block a block of queries sees. */
+typedef struct {
+    int from, to; /* no key outside; from is a multiple of KEY_STEP. from >= to: nothing */
+    bool all;     /* every query sees every key of its block, and nothing is dropped */
+} Sight;
+
+static Sight look_ahead(const Place *p)
+{
+    const AttentionShape *s = p->s;
+    int first = s->key_tokens, end = 0, all_first = 0, all_end = s->key_tokens;
+    bool one_run = true;
+    for (int r = 0; r < p->rows; r++) {
+        int row_first, row_end;
+        one_run = flash_bounds(s, p->b, p->t + r, &row_first, &row_end);
+        first = smaller(first, row_first);
+        end = larger(end, row_end);
+        all_first = larger(all_first, row_first);
+        all_end = smaller(all_end, row_end);
+    }
+    Sight sight = {.from = larger(first - p->key, 0) / KEY_STEP * KEY_STEP,
+                   .to = smaller(end - p->key, p->keys)};
+    bool every = one_run && all_first <= p->key + sight.from && all_end >= p->key + sight.to;
+    sight.all = every && s->dropout == 0 && sight.to == p->keys && sight.to % 2 == 0;
+    return sight;
+}
+
+/* kept of one query: a lane is a group of four keys, whose factors then go side by side. */
+static void drop_out(float *kept, const Place *p, size_t row, const Sight *sight)
+{
+    enum { STEP = 4 * LANES };
+    float p_dropped = p->s->dropout;
+    WordVector row_low = (WordVector){0} + (uint32_t)row,
+               row_high = (WordVector){0} + (uint32_t)((uint64_t)row >> 32);
+    for (int key = sight->from / STEP * STEP; key < sight->to; key += STEP) {
+        WordVector four, word[4];
+        for (int i = 0; i < LANES; i++)
+            four[i] = (uint32_t)(p->key + key) / 4 + (uint32_t)i;
+        dropout_word_vectors(word, p->s->dropout_seed, row_low, row_high, four);
+        for (int j = 0; j < 4; j++) {
+            Vector factor = dropout_factors(word[j], dropout_threshold(p_dropped), 1 / (1 - p_dropped));
+            for (int i = 0; i < LANES; i++)
+                kept[key + 4 * i + j] = factor[i];
+        }
+    }
+}
+
+/* extra and kept of the keys in sight, and of those that share a register tile with the last. */
+static void look_up(const Scratch *x, const Place *p, const Sight *sight)
+{
+    const AttentionShape *s = p->s;
+    for (int r = 0; r < ROWS; r++) {
+        float *extra = x->extra + r * KEYS, *kept = x->kept + r * KEYS;
+        int first = 0, end = 0, t = p->t + r;
+        bool one_run = r >= p->rows || flash_bounds(s, p->b, t, &first, &end);
+        for (int i = sight->from; i < round_up(sight->to, KEY_STEP); i++) {
+            bool sees = (first <= p->key + i) & (p->key + i < end) & (i < sight->to);
+            extra[i] = sees ? 0 : -INFINITY;
+            kept[i] = 1;
+        }
+        for (int i = sight->from; !one_run && i < sight->to; i++)
+            if (!attends(s, p->b, p->h, t, p->key + i))
+                extra[i] = -INFINITY;
+        if (s->dropout > 0 && r < p->rows)
+            drop_out(kept, p, lse_index(s, p->b, p->h, t), sight);
+    }
+}
+
+/* c[i][j] += the sum over k of pair a[i][k * a_step] times pairs b[k * b_step][j]. */
+INLINE void multiply(Vector c[TILE][VECTORS], int vectors, const Pair *const a[TILE], size_t a_step,
+                     const Pair *b, size_t b_step, int n)
+{
+    for (int k = 0; k < n; k++, b += b_step)
+        EACH_VECTOR(i, j, vectors)
+        {
+            c[i][j] = add_pair_products(c[i][j], a[i][k * a_step], ((const PairVector *)b)[j]);
+        }
+}
+
+/* c = TILE rows of `rows` times KEY_STEP columns. */
+INLINE void multiply_rows(Vector c[TILE][VECTORS], const Pair *rows, const Pair *columns, int pairs)
+{
+    const Pair *a[TILE];
+    for (int i = 0; i < TILE; i++)
+        a[i] = rows + (size_t)i * pairs;
+    EACH_VECTOR(i, j, VECTORS)
+    {
+        c[i][j] = (Vector){0};
+    }
+    multiply(c, VECTORS, a, 1, columns, KEYS, pairs);
+}
+
+/* S, the softmax, dP and its gradient, for TILE queries by KEY_STEP keys: D and dS. */
+INLINE void weigh(const Scratch *x, const Place *p, int r, int key, bool all)
+{
+    float to_exponent = p->s->scale * log2e;
+    Vector c[TILE][VECTORS], weight[TILE][VECTORS];
+    multiply_rows(c, x->q_rows + (size_t)r * x->pairs, x->k_columns + key, x->pairs);
+    EACH_VECTOR(i, j, VECTORS)
+    {
+        Vector score = c[i][j] * to_exponent - x->lse[r + i];
+        if (!all) {
+            Vector extra = ((const Vector *)(x->extra + (r + i) * KEYS + key))[j];
+            score = vector_select(extra == -INFINITY, extra, score);
+        }
+        weight[i][j] = exp2_short(score);
+    }
+    multiply_rows(c, x->dout_rows + (size_t)r * x->pairs, x->v_columns + key, x->pairs);
+    EACH_VECTOR(i, j, VECTORS)
+    {
+        Vector w = weight[i][j];
+        if (all)
+            c[i][j] = w * (c[i][j] - x->delta[r + i]);
+        else {
+            size_t at = (r + i) * KEYS + key;
+            Vector extra = ((const Vector *)(x->extra + at))[j], kept = ((const Vector *)(x->kept + at))[j];
+            c[i][j] = vector_select(extra == -INFINITY, (Vector){0}, w * (kept * c[i][j] - x->delta[r + i]));
+            weight[i][j] = w * kept;
+        }
+        store_row((Bf16 *)(x->ds_rows + ((size_t)(r + i) * KEYS + key) / 2) + j * LANES, c[i][j]);
+        if (i % 2) {
+            size_t at = (size_t)(r + i) / 2 * KEYS + key;
+            ((PairVector *)(x->ds_pairs + at))[j] = pairs_from(c[i - 1][j], c[i][j]);
+            ((PairVector *)(x->weight_pairs + at))[j] = pairs_from(weight[i - 1][j], weight[i][j]);
+        }
+    }
+}
+
+/* sum (rows,width) += a product: pair k of row i lies at left + i * left_row + k * left_step; right (n,width). */
+INLINE void add_gradient(float *sum, int rows, const Pair *left, size_t left_row, size_t left_step,
+                         const Pair *right, int n, int width)
+{
+    for (int d = 0; d < width; d += WIDE)
+        for (int r = 0; r < rows; r += TILE) {
+            Vector c[TILE][VECTORS];
+            const Pair *a[TILE];
+            for (int i = 0; i < TILE; i++)
+                a[i] = left + (r + i) * left_row;
+            EACH_VECTOR(i, j, 2)
+            {
+                c[i][j] = ((const Vector *)(sum + (size_t)(r + i) * width + d))[j];
+            }
+            multiply(c, 2, a, left_step, right + d, width, n);
+            EACH_VECTOR(i, j, 2)
+            {
+                ((Vector *)(sum + (size_t)(r + i) * width + d))[j] = c[i][j];
+            }
+        }
+}
+
+/* The block's queries meet its keys. dq (ROWS,width) */
+static void meet(const Scratch *x, const Place *p, float *dq)
+{
+    Sight sight = look_ahead(p);
+    if (sight.from >= sight.to)
+        return;
+    read_queries(x, p);
+    int rows = round_up(p->rows, TILE), width = x->width, keys = sight.to - sight.from;
+    if (!sight.all)
+        look_up(x, p, &sight);
+    for (int key = sight.from; key < sight.to; key += KEY_STEP)
+        for (int r = 0; r < rows; r += TILE)
+            if (sight.all)
+                weigh(x, p, r, key, true);
+            else
+                weigh(x, p, r, key, false);
+    size_t sums = (size_t)sight.from * width;
+    add_gradient(x->dv + sums, keys, x->weight_pairs + sight.from, 1, KEYS, x->dout_pairs, rows / 2, width);
+    add_gradient(x->dk + sums, keys, x->ds_pairs + sight.from, 1, KEYS, x->q_pairs, rows / 2, width);
+    add_gradient(dq, rows, x->ds_rows + sight.from / 2, KEYS / 2, 1, x->k_pairs + sums / 2, (keys + 1) / 2,
+                 width);
+}
+
+/* ---- All tiles ---- */
+
+static int key_blocks(const AttentionShape *s)
+{
+    return (s->key_tokens + KEYS - 1) / KEYS;
+}
+
+/* Where heads are few, several tasks share one: each has some blocks of its keys, and sums of dq of its own. How many
+ * follows from the shape alone, and so do the bits. */
+static int chunks(const AttentionShape *s)
+{
+    int wanted = SHARES / smaller(SHARES, s->batch * s->heads);
+    return smaller(wanted, key_blocks(s));
+}
+
+static size_t all_tasks(const AttentionShape *s)
+{
+    return (size_t)s->batch * s->heads * chunks(s);
+}
+
+/* Floats of one task's sums: (T,width), T rounded up to ROWS. */
+static size_t task_sums(const AttentionShape *s)
+{
+    return (size_t)round_up(s->tokens, ROWS) * round_up(s->head_size, WIDE);
+}
+
+size_t bf16_gradient_sums(const AttentionShape *s)
+{
+    return all_tasks(s) * task_sums(s);
+}
+
+static size_t lists(const AttentionShape *s)
+{
+    return all_tasks(s) < MOST_LISTS ? all_tasks(s) : MOST_LISTS;
+}
+
+size_t bf16_backward_scratch(const AttentionShape *s)
+{
+    Scratch x;
+    return lists(s) * lay_out(&x, NULL, s->head_size);
+}
+
+static void write_key_gradient(const Scratch *x, const Place *p, int block)
+{
+    int HS = p->s->head_size, keys = smaller(KEYS, p->s->key_tokens - block * KEYS);
+    for (int i = 0; i < keys; i++) {
+        size_t row = key_row(p->s, p->b, p->h, p->key + i), at = (size_t)i * x->width;
+        for (int d = 0; d < HS; d++) {
+            p->g->dk[row + d] = bf16_from(i < p->keys ? p->s->scale * x->dk[at + d] : 0);
+            p->g->dv[row + d] = bf16_from(i < p->keys ? x->dv[at + d] : 0);
+        }
+    }
+}
+
+/* Task `task`: a share of the keys of one head, and all its queries. */
+static void task_gradient(const Bf16Backward *g, const float *delta, float *sums, float *scratch,
+                          const AttentionShape *s, size_t task)
+{
+    int n = chunks(s), head = (int)(task / n), chunk = (int)(task % n);
+    Place p = {.g = g, .s = s, .delta = delta, .b = head / s->heads, .h = head % s->heads};
+    int valid = s->lengths ? s->lengths[p.b] : s->key_tokens; /* what lies beyond is not read */
+    Scratch x;
+    lay_out(&x, scratch, s->head_size);
+    float *dq = sums + task * task_sums(s);
+    memset(dq, 0, task_sums(s) * sizeof *dq);
+
+    for (int block = chunk * key_blocks(s) / n; block < (chunk + 1) * key_blocks(s) / n; block++) {
+        p.key = block * KEYS;
+        p.keys = larger(0, smaller(KEYS, valid - p.key));
+        read_keys(&x, &p);
+        memset(x.dk, 0, (size_t)KEYS * x.width * sizeof *x.dk);
+        memset(x.dv, 0, (size_t)KEYS * x.width * sizeof *x.dv);
+        for (p.t = 0; p.t < s->tokens; p.t += ROWS) {
+            p.rows = smaller(ROWS, s->tokens - p.t);
+            meet(&x, &p, dq + (size_t)p.t * x.width);
+        }
+        write_key_gradient(&x, &p, block);
+    }
+}
+
+static float row_delta(const Bf16 *dout, const Bf16 *out, int n)
+{
+    float sum = 0;
+    for (int d = 0; d < n; d++)
+        sum += float_from(dout[d]) * float_from(out[d]);
+    return sum;
+}
+
+/* dq = scale times the sums of a head's tasks, in their order. */
+static void finish_row(const Bf16Backward *g, const float *sums, const AttentionShape *s, size_t row)
+{
+    int n = chunks(s), HS = s->head_size;
+    size_t head = row / s->tokens, t = row % s->tokens;
+    const float *first = sums + head * n * task_sums(s) + t * round_up(HS, WIDE);
+    for (int d = 0; d < HS; d++) {
+        float sum = 0;
+        for (int chunk = 0; chunk < n; chunk++)
+            sum += first[chunk * task_sums(s) + d];
+        g->dq[row * HS + d] = bf16_from(s->scale * sum);
+    }
+}
+
+void attention_bf16_backward(const Bf16Backward *g, float *delta, float *sums, float *scratch,
+                             const AttentionShape *s)
+{
+    size_t n = lists(s), tasks = all_tasks(s), floats = bf16_backward_scratch(s) / n, HS = s->head_size;
+#pragma omp parallel for
+    for (size_t row = 0; row < lse_count(s); row++)
+        delta[row] = row_delta(g->dout + row * HS, g->out + row * HS, (int)HS);
+#pragma omp parallel for schedule(dynamic)
+    for (size_t i = 0; i < n; i++)
+        for (size_t task = tasks * i / n; task < tasks * (i + 1) / n; task++)
+            task_gradient(g, delta, sums, scratch + i * floats, s, task);
+#pragma omp parallel for
+    for (size_t row = 0; row < lse_count(s); row++)
+        finish_row(g, sums, s, row);
+}
