@@ -147,6 +147,8 @@ gpu: all
 PYTHON ?= python3
 speed: all
 	@PYTHON="$(PYTHON)" sh common/speed.sh
+speed-%: all
+	@PYTHON="$(PYTHON)" sh common/speed.sh $*
 
 # PyTorch's own bars beside ours.
 peers: all

@@ -10,7 +10,7 @@ BEGIN {
     title["forced"] = "PyTorch forced"
 }
 
-function get(name) { return $at[name] }
+function get(name) { return name in at ? $at[name] : "" }
 
 # ---- Reading ----
 
@@ -60,14 +60,15 @@ FNR == 1 {
             timed[sets[s]] = 1
         }
     rate[name, round] = get("gflops")
-    if ((plain[get("pass"), get("threads")], round) in rate)
-        add(name "-plain", rate[plain[get("pass"), get("threads")], round] / get("gflops"))
+    base = plain[get("pass"), get("threads")] SUBSEP round # that case stands before the others in each round
+    if (base in rate)
+        add(name "-plain", rate[base] / get("gflops"))
     label[row_of[name]] = description() " | " get("pass")
     if (chart)
         point(name)
     runs++
     samples += get("checked") == "sample"
-    if (!(get("max_abs_err") <= error)) # NaN too
+    if (error !~ /nan/ && !(get("max_abs_err") <= error)) # NaN wins, and stays
         error = get("max_abs_err")
 }
 
@@ -155,17 +156,24 @@ function table(    i, s, t, line, rule, row) {
     for (i = 1; i <= rows; i++)
         for (t = 1; t <= threads; t++)
             for (s = 1; s <= 2; s++)
-                if ((order[i] "-" counts[t], sets[s]) in refused) {
-                    line = refused[order[i] "-" counts[t], sets[s]]
-                    if (!said[line]++)
-                        print "PyTorch has no figure for " label[order[i]] ": " line "."
-                }
+                if ((order[i] "-" counts[t], sets[s]) in refused && order[i] in label)
+                    refuse(refused[order[i] "-" counts[t], sets[s]], label[order[i]])
+    for (i = 1; i <= reasons; i++)
+        print "PyTorch has no figure for " cases_of[reason[i]] ": " reason[i] "."
+}
+# A case among those that have this reason.
+function refuse(why, which) {
+    sub(/ \| /, ", ", which)
+    if (!(why in cases_of))
+        reason[++reasons] = why
+    if (!named[why, which]++)
+        cases_of[why] = cases_of[why] (cases_of[why] == "" ? "" : "; ") which
 }
 
 # ---- A chart: percent of peak over T. Panels: forward, backward for each head size; curves: sets, full and causal ----
 
 function point(name,    panel) {
-    panel = get("pass") " HS " get("head_size")
+    panel = get("pass") ", HS " get("head_size")
     if (!panels_known[panel]++)
         panels[++panel_count] = panel
     panel_of[name] = panel
@@ -173,7 +181,7 @@ function point(name,    panel) {
     causal[name] = get("mask") == "causal"
 }
 
-function draw(    p, c, s, i, n, curve, key, value, named, place, number, x, y, swap, round, middle_of) {
+function draw(    p, c, s, i, n, curve, key, value, labels, place, number, x, y, swap, round, middle_of, line) {
     curve[1] = "-ours"; curve[2] = "-forced"; curve[3] = "-installed"
     text["-ours"] = "ours"; text["-forced"] = title["forced"]; text["-installed"] = title["installed"]
     print "machine", machine ", " plural(counts[1])
@@ -181,7 +189,7 @@ function draw(    p, c, s, i, n, curve, key, value, named, place, number, x, y, 
     print "panels", panel_count
     for (p = 1; p <= panel_count; p++) {
         print "panel" p, panels[p]
-        named = 0
+        labels = 0
         for (c = 1; c <= 6; c++) { # ours, forced, installed; then the same causal
             s = curve[(c - 1) % 3 + 1]
             n = 0
@@ -195,26 +203,30 @@ function draw(    p, c, s, i, n, curve, key, value, named, place, number, x, y, 
                 y = value
             }
             if (n) {
-                number[++named] = c
-                place[named] = y
+                number[++labels] = c
+                place[labels] = y
                 end[c] = x OFS y
             }
         }
         # Names from below, pushed apart until they are `apart` percent from each other.
-        for (i = 2; i <= named; i++)
+        for (i = 2; i <= labels; i++)
             for (n = i; n > 1 && place[n] < place[n - 1]; n--) {
                 swap = place[n]; place[n] = place[n - 1]; place[n - 1] = swap
                 swap = number[n]; number[n] = number[n - 1]; number[n - 1] = swap
             }
         for (round = 1; round <= 200; round++)
-            for (i = 2; i <= named; i++)
+            for (i = 2; i <= labels; i++)
                 if (place[i] < place[i - 1] + apart) {
                     middle_of = (place[i] + place[i - 1]) / 2
                     place[i] = middle_of + apart / 2
                     place[i - 1] = middle_of - apart / 2
                 }
-        for (i = 1; i <= named; i++)
+        line = ""
+        for (i = 1; i <= labels; i++) {
+            line = line " " number[i]
             print "name", p, number[i], end[number[i]], place[i], text[curve[(number[i] - 1) % 3 + 1]] (number[i] > 3 ? ", causal" : "")
+        }
+        print "curves" p, line
     }
 }
 

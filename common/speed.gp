@@ -15,11 +15,12 @@ set border 3 lc rgb "#555555"
 set tics nomirror textcolor rgb "#333333"
 set xlabel "tokens T"
 set ylabel "percent of peak (higher is better)"
-set rmargin 25
+set rmargin 23
 unset key
 array colour[3] = ["#1b6ca8", "#d9853b", "#8a8a8a"]
-paint(curve) = colour[(curve - 1) % 3 + 1]
-dash(curve) = curve > 3 ? 2 : 1
+paint(c) = colour[(c - 1) % 3 + 1]
+dash(c) = c > 3 ? 2 : 1
+curve(i) = int(word(list, i)) # the panel's i-th: 1 to 3 full, 4 to 6 causal
 set arrow 1 from graph 0, first 100 to graph 1, first 100 nohead lw 2 lc rgb "#333333" front
 set label 1 sprintf("100%% = %s GFLOP/s, multiply-adds alone", fact("peak")) at graph 0.02, first 96 left textcolor rgb "#333333"
 do for [ending in "svg png"] {
@@ -29,12 +30,13 @@ do for [ending in "svg png"] {
         set terminal pngcairo size 1240,900 font "DejaVu Sans,10" background rgb "white" noenhanced
     }
     set output output . "." . ending
-    set multiplot layout (panels + 1) / 2, 2 title "How near the peak: 8 heads, float32\n" . fact("machine") noenhanced
+    set multiplot layout (panels + 1) / 2, 2 title "How near the peak: 8 heads, float32\n" . fact("machine") . "\n" noenhanced
     do for [p=1:panels] {
         set title fact(sprintf("panel%d", p))
-        plot for [c=1:6] lines("point", p, c) using 4:5 with linespoints lw 1.8 pt 7 ps 0.5 dt dash(c) lc rgb paint(c), \
-             for [c=1:6] lines("name", p, c) using 4:5:(22000 - $4):($6 - $5) with vectors nohead lw 0.4 lc rgb paint(c), \
-             for [c=1:6] lines("name", p, c) using (22000):6:7 with labels left offset 0.4, 0 textcolor rgb paint(c)
+        list = fact(sprintf("curves%d", p))
+        plot for [i=1:words(list)] lines("point", p, curve(i)) using 4:5 with linespoints lw 1.8 pt 7 ps 0.5 dt dash(curve(i)) lc rgb paint(curve(i)), \
+             for [i=1:words(list)] lines("name", p, curve(i)) using 4:5:(22000 - $4):($6 - $5) with vectors nohead lw 0.4 lc rgb paint(curve(i)), \
+             for [i=1:words(list)] lines("name", p, curve(i)) using (22000):6:7 with labels left offset 0.4, 0 textcolor rgb paint(curve(i))
     }
     unset multiplot
 }

@@ -1,5 +1,6 @@
 #!/bin/sh
 # make speed: how near to the processor's multiply-add peak the kernels come, and PyTorch beside them where PYTHON has it.
+# make speed-NAME: one of the tables, or the charts (speed-tokens).
 #
 # A case is a kernel, a shape, a pass and a number of threads. In each round every case is run by ours, by PyTorch as installed and by
 # PyTorch with MKL's fast path forced, one after the other; a figure is the median of the rounds. ./run holds each result against the
@@ -16,10 +17,18 @@ threads=${THREADS:-1 2}
 folder=$build/speed${QUICK:+/quick}
 list=$folder/steps
 measure=yes
-[ "${1:-}" = render ] && measure=no
+[ "${1:-}" = render ] && measure=no && shift
 groups="core features bf16 grouped token masks modules materialised"
+wanted=${*:-$groups tokens}
+for name in $wanted; do
+    case " $groups tokens " in
+    *" $name "*) ;;
+    *) echo "error: there is no table $name; there are $groups tokens" >&2; exit 2 ;;
+    esac
+done
 mkdir -p "$folder/rows" || exit 2
 . common/steps.sh
+trap 'exit 130' INT TERM # until there are steps
 
 # ---- The cases: GROUP, PASS, THREADS, CHAPTER, OPTIONS; a group is a table, and its cases stand in this order. A case may be in two ----
 
@@ -83,6 +92,9 @@ cases() {
         done
     done
 }
+
+# steps_of SETS ROUNDS GROUPS: their steps
+steps_of() { awk -v sets="$1" -v most="$2" -v wanted="$3" -v quick="${QUICK:+1}" -f common/speed_steps.awk "$folder/cases"; }
 
 # ---- Walking them ----
 
@@ -149,10 +161,11 @@ if [ $measure = yes ]; then
         exit 2
     fi
     echo "$sets" > "$folder/sets"
-    awk -v sets="$sets" -v most="${ROUNDS:-3}" -v quick="${QUICK:+1}" -f common/speed_steps.awk "$folder/cases" > "$list"
+    steps_of "$sets" "${ROUNDS:-3}" "$wanted" > "$list"
     touch "$folder/seconds"
+    trap interrupted INT TERM
     walk_all
-elif [ ! -f "$list" ]; then
+elif [ ! -f "$folder/cases" ]; then
     echo "error: nothing is measured in $folder yet; type make speed first" >&2
     exit 2
 fi
@@ -161,7 +174,7 @@ fi
 
 # All rows in two files, whose last two columns say which case and round they are of.
 rm -f "$folder/ours.tsv" "$folder/pytorch.tsv"
-awk -F '\t' -v OFS='\t' -v folder="$folder" '
+steps_of "ours installed forced" 99 "$groups tokens" | awk -F '\t' -v OFS='\t' -v folder="$folder" '
     {
         n = split($1, part, "-")
         set = part[n]
@@ -191,7 +204,7 @@ awk -F '\t' -v OFS='\t' -v folder="$folder" '
             print "machine", "kernel_set", "ms_min", "ms_median", "ms_max", "refused", "case", "round" > (folder "/pytorch.tsv")
         split(row, ms, " ")
         print machine, set, ms[1], ms[2], ms[3], reason, name, round > (folder "/pytorch.tsv")
-    }' "$list"
+    }'
 if [ ! -f "$folder/ours.tsv" ]; then
     echo "error: no case could be run" >&2
     exit 1
@@ -203,6 +216,7 @@ pytorch=$folder/pytorch.tsv
 speed() { awk -f common/median.awk -f common/speed.awk -v want="$1" "$folder/cases" $pytorch "$folder/ours.tsv"; }
 
 for group in $groups; do
+    case " $wanted " in *" $group "*) ;; *) continue ;; esac
     speed "$group" > "$folder/$group.md" || status=1
     [ -s "$folder/$group.md" ] || { rm -f "$folder/$group.md"; continue; }
     [ $measure = no ] || { printf '\n== %s\n\n' "$group"; cat "$folder/$group.md"; }
@@ -210,7 +224,7 @@ done
 if command -v gnuplot > /dev/null 2>&1; then
     for count in $(cut -f 1,3 "$folder/cases" | sed -n 's/^tokens	//p' | sort -u); do
         speed "chart-$count" > "$folder/chart-$count"
-        gnuplot -e "data='$folder/chart-$count'; output='$folder/tokens-$count'" common/speed.gp || status=1
+        [ -s "$folder/chart-$count" ] && gnuplot -e "data='$folder/chart-$count'; output='$folder/tokens-$count'" common/speed.gp || [ ! -s "$folder/chart-$count" ] || status=1
         rm -f "$folder/chart-$count"
     done
 else

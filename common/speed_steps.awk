@@ -1,5 +1,5 @@
 # The cases of make speed become steps (steps.sh), round by round, and in a round one set after the other: ours, then PyTorch's. Reads
-# speed.sh's cases. Variables: sets, most (rounds), quick. A step is rows/CASE-ROUND-SET; how often a case is run in a round, and in how
+# speed.sh's cases. Variables: sets, most (rounds), wanted (groups), quick. A step is rows/CASE-ROUND-SET; how often a case is run in a round, and in how
 # many, follows from its work alone.
 BEGIN { FS = OFS = "\t" }
 
@@ -25,7 +25,7 @@ function work(    T, TK, mask, share, flops, times) {
     return 1e-9 * times * flops
 }
 
-{
+index(" " wanted " ", " " $1 " ") {
     name = $6 "-" $3
     if (seen[name]++)
         next
