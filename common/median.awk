@@ -1,5 +1,8 @@
 # Figures that were measured several times, for the scripts that write tables: awk -f common/median.awk -f ...
 
+# A column of this row by its name; at[name] is its place, from the header.
+function get(name) { return name in at ? $at[name] : "" }
+
 function short(value) { return value >= 100 ? sprintf("%.0f", value) : sprintf("%.3g", value) }
 function add(key, value) { list[key] = list[key] " " value }
 

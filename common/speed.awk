@@ -10,8 +10,6 @@ BEGIN {
     title["forced"] = "PyTorch forced"
 }
 
-function get(name) { return name in at ? $at[name] : "" }
-
 # ---- Reading ----
 
 FILENAME ~ /cases$/ {

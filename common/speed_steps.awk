@@ -21,7 +21,7 @@ function work(    T, TK, mask, share, flops, times) {
         share = mask / TK
     flops = 4 * option("batch", 1) * T * TK * option("embed", option("heads", 12) * option("head-size", 64)) * share
     times = $2 == "forward" ? 1 : $2 == "backward" ? 2.5 : 3.5
-    flops += 8 * option("batch", 1) * T * option("embed", 0) ^ 2 # a module's projections
+    flops += 8 * option("batch", 1) * T * option("embed", 0) * option("embed", 0) # a module's projections
     return 1e-9 * times * flops
 }
 
@@ -55,5 +55,5 @@ END {
     for (round = 1; round <= longest; round++)
         for (i = 1; i <= n; i++)
             for (s = 1; s <= m && round <= rounds[i]; s++)
-                print step[i] "-" round "-" set[s], sprintf("%.2f", expected[i, set[s]]), set[s] == "ours" ? chapter[i] : set[s], options[i]
+                print step[i] "-" round "-" set[s], sprintf("%.2f", expected[i, set[s]]), (set[s] == "ours" ? chapter[i] : set[s]), options[i]
 }

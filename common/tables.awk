@@ -3,7 +3,6 @@
 
 BEGIN { FS = "\t" }
 
-function get(name) { return $at[name] }
 function ratio(a, b) { return middle(a) != "" && middle(b) > 0 ? short(middle(a) / middle(b)) : "-" }
 function cell(key) { return middle(key) != "" ? short(middle(key)) : key in refused ? refused[key] : "-" }
 
