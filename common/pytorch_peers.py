@@ -287,8 +287,8 @@ def work():
             torch.set_num_threads(o.threads or all_threads)
             module = o.kernel in CHAPTER
             run = ready.get(line) or (module_run if module else core_run)(torch, o)
-            if line not in ready and (module or o.repeat > 1):
-                run()  # warm; a single long run need not be
+            if line not in ready and (module or o.mask or o.repeat > 1):
+                run()  # warm, and compiled where it is; a single long run need not be
             if module:
                 ready[line] = run
             times = [timed(run) for _ in range(o.repeat)]

@@ -22,7 +22,7 @@ paint(c) = colour[(c - 1) % 3 + 1]
 dash(c) = c > 3 ? 2 : 1
 curve(i) = int(word(list, i)) # the panel's i-th: 1 to 3 full, 4 to 6 causal
 set arrow 1 from graph 0, first 100 to graph 1, first 100 nohead lw 2 lc rgb "#333333" front
-set label 1 sprintf("100%% = %s GFLOP/s, multiply-adds alone", fact("peak")) at graph 0.02, first 96 left textcolor rgb "#333333"
+set label 1 "multiply-add peak" at graph 0, first 100 left offset 0.5, 0.7 textcolor rgb "#333333"
 do for [ending in "svg png"] {
     if (ending eq "svg") {
         set terminal svg size 1240,900 font "DejaVu Sans,12" background rgb "white" noenhanced
@@ -30,7 +30,7 @@ do for [ending in "svg png"] {
         set terminal pngcairo size 1240,900 font "DejaVu Sans,10" background rgb "white" noenhanced
     }
     set output output . "." . ending
-    set multiplot layout (panels + 1) / 2, 2 title "How near the peak: 8 heads, float32\n" . fact("machine") . "\n" noenhanced
+    set multiplot layout (panels + 1) / 2, 2 title "How near the peak: 8 heads, float32\n" . fact("machine") . "; 100% = " . fact("peak") . " GFLOP/s of multiply-adds alone\n" noenhanced
     do for [p=1:panels] {
         set title fact(sprintf("panel%d", p))
         list = fact(sprintf("curves%d", p))
