@@ -49,9 +49,13 @@ folder=$tmp/speed/quick
 
 touch "$LOG.slow"
 BUILD=$tmp PYTHON=$tmp/python sh common/speed.sh features bf16 masks > "$tmp/out" 2> /dev/null &
-sleep 1.5
-kill -TERM $!
-wait $!
+program=$!
+for _ in $(seq 300); do
+    [ -z "$(find "$folder/rows" -name '*.tsv' 2> /dev/null)" ] || break
+    sleep 0.1
+done
+kill -TERM $program
+wait $program
 expect "exit code when stopped" $? 130
 expect "what it says when stopped" "$(grep -c 'Stopped with .* left' "$tmp/out")" 1
 rm "$LOG.slow" "$LOG"
@@ -107,6 +111,11 @@ expect "no figures" "$(sed -n 6p "$tmp/out")" "| $case | 50.0 (40..60) | - | 15 
 expect "samples and the largest error" "$(grep -c '1 of 6 by sample; the largest error was 3e-6' "$tmp/out")" 1
 table features
 expect "over the first case, in its round" "$(sed -n 6p "$tmp/out" | cut -d '|' -f 6)" " 1.62 "
+printf 'token\tforward\t1\tc\to\ta\n' > "$tmp/cases"
+awk -F '\t' -v OFS='\t' '{ print $0, (NR == 1 ? "gb_per_s" : 10 + NR), (NR == 1 ? "percent_of_bandwidth" : 70 + NR) }' "$tmp/ours.tsv" > "$tmp/new" && mv "$tmp/new" "$tmp/ours.tsv"
+table token
+expect "GB/s and percent of bandwidth" "$(sed -n 5p "$tmp/out")" "| $case | 15.0 (12..16) | 75.0 (72..76) | 10 | 6.0 (2..8) | 2 |"
+printf 'core\tforward\t1\tc\to\ta\n' > "$tmp/cases"
 sed 's/3e-6/nan/' "$tmp/ours.tsv" > "$tmp/new" && mv "$tmp/new" "$tmp/ours.tsv"
 table core
 expect "an error of NaN" "$(grep -c 'error was nan' "$tmp/out")" 1
