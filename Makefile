@@ -111,7 +111,7 @@ $(BUILD)/common/test: $(call objects,$(filter-out common/test_chapter.c,$(wildca
                       $(if $(SIMT_CXX),$(BUILD)/common/test_simt.simt.o) $(COMMON_LIBRARY)
 	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS) -lcriterion
 
-.PHONY: all tests test demo figures tables gpu peers fuzz setup clean format
+.PHONY: all tests test demo figures tables speed gpu peers fuzz setup clean format
 all: $(PROGRAMS)
 tests: $(PROGRAMS) $(TESTS)
 
@@ -146,8 +146,14 @@ table-%: all
 gpu: all
 	@sh common/gpu.sh
 
-# PyTorch's own bars beside ours, where a Python with PyTorch is at hand.
+# How near to the processor's peak the kernels come, and PyTorch beside them where a Python with PyTorch is at hand.
 PYTHON ?= python3
+speed: all
+	@PYTHON="$(PYTHON)" sh common/speed.sh
+speed-%: all
+	@PYTHON="$(PYTHON)" sh common/speed.sh $*
+
+# PyTorch's own bars beside ours.
 peers: all
 	@$(PYTHON) common/pytorch_peers.py && sh common/charts.sh $(BUILD)/$(if $(filter cuda,$(DEVICE)),gpu,demo)
 

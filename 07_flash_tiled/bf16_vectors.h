@@ -7,12 +7,10 @@
 #ifndef BF16_VECTORS_H
 #define BF16_VECTORS_H
 
-#include "flash_vectors.h"
+#include "vectors.h"
 
 #include <stddef.h>
 #include <string.h>
-
-#define INLINE static inline __attribute__((always_inline))
 
 typedef uint16_t Bf16;
 typedef uint32_t __attribute__((may_alias)) Pair; /* two neighbours in memory; the first is the lower half */
@@ -75,7 +73,7 @@ static inline float float_from(Bf16 x)
     return wide;
 }
 
-/* 2^x for x <= 127, as exp2_vector() of flash_vectors.h with a term less: relative error 9e-8. Below -150 exactly 0, NaN
+/* 2^x for x <= 127, as exp2_vector() of vectors.h with a term less: relative error 9e-8. Below -150 exactly 0, NaN
  * stays NaN. */
 INLINE Vector exp2_short(Vector x)
 {

@@ -149,8 +149,7 @@ INLINE void multiply(Vector c[TILE][VECTORS], int vectors, const Pair *const a[T
                      const Pair *b, int n)
 {
     for (int k = 0; k < n; k++, b += ROWS)
-        EACH_VECTOR(i, j, vectors)
-        {
+        EACH_VECTOR(i, j, vectors) {
             c[i][j] = add_pair_products(c[i][j], a[i][k * step], ((const PairVector *)b)[j]);
         }
 }
@@ -160,8 +159,10 @@ static void look_up(const Block *x, Vector extra[TILE][VECTORS], int key)
 {
     const AttentionShape *s = x->s;
     for (int i = 0; i < TILE; i++)
-        for (int r = 0; r < ROWS; r++)
-            ((float *)extra[i])[r] = (x->first[r] <= key + i) & (key + i < x->end[r]) ? 0 : -INFINITY;
+        for (int r = 0; r < ROWS; r++) {
+            bool between = (x->first[r] <= key + i) & (key + i < x->end[r]);
+            ((float *)extra[i])[r] = between ? 0 : -INFINITY;
+        }
     if (x->one_run && !s->bias)
         return;
     for (int r = 0; r < x->rows; r++)
@@ -192,13 +193,11 @@ INLINE void weigh(const Block *x, Pair *p, Vector top[VECTORS], Vector sum[VECTO
             k[i] = x->k + (size_t)smaller(key + i0 + i, s->key_tokens - 1) * row_pairs(s);
         if (look)
             look_up(x, extra, key + i0);
-        EACH_VECTOR(i, j, vectors)
-        {
+        EACH_VECTOR(i, j, vectors) {
             c[i][j] = (Vector){0};
         }
         multiply(c, vectors, k, 1, x->q_columns + from * LANES, row_pairs(s));
-        EACH_VECTOR(i, j, vectors)
-        {
+        EACH_VECTOR(i, j, vectors) {
             Vector score = c[i][j] * to_exponent - m[j];
             if (look) {
                 Vector e = extra[i][from + j];
@@ -280,13 +279,11 @@ INLINE void add_values(Block *x, const Pair *p, int key, int keys, int from, int
         const Pair *v[TILE];
         for (int i = 0; i < TILE; i++)
             v[i] = x->v + (size_t)key / 2 * width + d + i;
-        EACH_VECTOR(i, j, vectors)
-        {
+        EACH_VECTOR(i, j, vectors) {
             c[i][j] = out[i * VECTORS + j];
         }
         multiply(c, vectors, v, width, p + from * LANES, keys / 2);
-        EACH_VECTOR(i, j, vectors)
-        {
+        EACH_VECTOR(i, j, vectors) {
             out[i * VECTORS + j] = c[i][j];
         }
     }

@@ -231,8 +231,7 @@ INLINE void multiply(Vector c[TILE][VECTORS], int vectors, const Pair *const a[T
                      const Pair *b, size_t b_step, int n)
 {
     for (int k = 0; k < n; k++, b += b_step)
-        EACH_VECTOR(i, j, vectors)
-        {
+        EACH_VECTOR(i, j, vectors) {
             c[i][j] = add_pair_products(c[i][j], a[i][k * a_step], ((const PairVector *)b)[j]);
         }
 }
@@ -243,8 +242,7 @@ INLINE void multiply_rows(Vector c[TILE][VECTORS], const Pair *rows, const Pair 
     const Pair *a[TILE];
     for (int i = 0; i < TILE; i++)
         a[i] = rows + (size_t)i * pairs;
-    EACH_VECTOR(i, j, VECTORS)
-    {
+    EACH_VECTOR(i, j, VECTORS) {
         c[i][j] = (Vector){0};
     }
     multiply(c, VECTORS, a, 1, columns, KEYS, pairs);
@@ -256,8 +254,7 @@ INLINE void weigh(const Scratch *x, const Place *p, int r, int key, bool all)
     float to_exponent = p->s->scale * log2e;
     Vector c[TILE][VECTORS], weight[TILE][VECTORS];
     multiply_rows(c, x->q_rows + (size_t)r * x->pairs, x->k_columns + key, x->pairs);
-    EACH_VECTOR(i, j, VECTORS)
-    {
+    EACH_VECTOR(i, j, VECTORS) {
         Vector score = c[i][j] * to_exponent - x->lse[r + i];
         if (!all) {
             Vector extra = ((const Vector *)(x->extra + (r + i) * KEYS + key))[j];
@@ -266,8 +263,7 @@ INLINE void weigh(const Scratch *x, const Place *p, int r, int key, bool all)
         weight[i][j] = exp2_short(score);
     }
     multiply_rows(c, x->dout_rows + (size_t)r * x->pairs, x->v_columns + key, x->pairs);
-    EACH_VECTOR(i, j, VECTORS)
-    {
+    EACH_VECTOR(i, j, VECTORS) {
         Vector w = weight[i][j];
         if (all)
             c[i][j] = w * (c[i][j] - x->delta[r + i]);
@@ -296,13 +292,11 @@ INLINE void add_gradient(float *sum, int rows, const Pair *left, size_t left_row
             const Pair *a[TILE];
             for (int i = 0; i < TILE; i++)
                 a[i] = left + (r + i) * left_row;
-            EACH_VECTOR(i, j, 2)
-            {
+            EACH_VECTOR(i, j, 2) {
                 c[i][j] = ((const Vector *)(sum + (size_t)(r + i) * width + d))[j];
             }
             multiply(c, 2, a, left_step, right + d, width, n);
-            EACH_VECTOR(i, j, 2)
-            {
+            EACH_VECTOR(i, j, 2) {
                 ((Vector *)(sum + (size_t)(r + i) * width + d))[j] = c[i][j];
             }
         }

@@ -1,18 +1,19 @@
 #!/bin/sh
-# make figures [MACHINE=name]: keeps what make demo, make tables and make gpu measured. Copies TSVs, charts and outputs into each chapter's
-# measured/ (the front page's into common/measured/, the tables into 07_flash_tiled/measured/tables/, a GPU's into 07_flash_tiled/measured/gpu/), with the machine's name if
+# make figures [MACHINE=name]: keeps what make demo, make tables, make speed and make gpu measured. Copies TSVs, charts and outputs into each chapter's
+# measured/ (the front page's into common/measured/, the tables into 07_flash_tiled/measured/tables/, what speed measured into 07_flash_tiled/measured/speed/, a GPU's into 07_flash_tiled/measured/gpu/), with the machine's name if
 # one is given, and rewrites the READMEs' blocks.
 set -u
 build=${BUILD:-build}
 demo=$build/demo
 tables=$build/tables
+speed=$build/speed
 gpu=$build/gpu
-if [ ! -f "$demo/common/notebook.tsv" ] && [ ! -d "$tables" ] && [ ! -d "$gpu" ]; then
-    echo "error: nothing is measured yet; type make demo (or make tables, make gpu) first" >&2
+if [ ! -f "$demo/common/notebook.tsv" ] && [ ! -d "$tables" ] && [ ! -f "$speed/ours.tsv" ] && [ ! -d "$gpu" ]; then
+    echo "error: nothing is measured yet; type make demo (or make tables, make speed, make gpu) first" >&2
     exit 2
 fi
 if [ -n "${MACHINE:-}" ]; then
-    find "$demo" "$tables" -name '*.tsv' ! -name masks.tsv 2> /dev/null | while read -r tsv; do
+    find "$demo" "$tables" "$speed" -name '*.tsv' ! -name masks.tsv 2> /dev/null | while read -r tsv; do
         awk -F '\t' -v OFS='\t' -v name="$MACHINE" 'NR > 1 { $1 = name } { print }' "$tsv" > "$tsv.new" && mv "$tsv.new" "$tsv"
     done
     sh common/charts.sh "$demo" || exit 1
@@ -30,6 +31,13 @@ if [ -d "$tables" ]; then
     mkdir -p 07_flash_tiled/measured/tables
     for file in "$tables"/*.tsv "$tables"/*.md "$tables"/*.svg "$tables"/*.png; do
         [ -f "$file" ] && cp "$file" 07_flash_tiled/measured/tables/
+    done
+fi
+if [ -f "$speed/ours.tsv" ]; then
+    sh common/speed.sh render || exit 1
+    mkdir -p 07_flash_tiled/measured/speed
+    for file in "$speed"/*.tsv "$speed"/*.md "$speed"/*.svg "$speed"/*.png; do
+        [ -f "$file" ] && cp "$file" 07_flash_tiled/measured/speed/
     done
 fi
 if [ -f "$gpu/tokens.tsv" ]; then

@@ -12,9 +12,14 @@ pytorch_both.tsv), which the charts pick up, and prints the table.
 With DEVICE=cuda both run on the GPU, float32 without TF32, timed by its own events after the last-level cache was emptied
 (build/gpu/common/pytorch_gpu.tsv or pytorch_gpu_both.tsv). Then PyTorch's attention alone, its backends one at a time, over the lengths of
 make gpu, in float32 and bf16 (build/gpu/pytorch_attention.tsv). A backend that refuses is named with its reason, and leaves no row.
+
+make speed asks for any case by our own options, a line each (--serve): "installed --kernel simd --heads 8 --tokens 4096 --causal
+--pass backward --threads 2". The answer is the fastest, the median and the slowest time in milliseconds, or "refused" with a reason.
 """
+import argparse
 import itertools
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,8 +36,8 @@ CHAPTER = {
 }
 
 
-def modules(torch):
-    """The notebook's nine, written again: name -> a function of x."""
+def modules(torch, BATCH=BATCH, TOKENS=TOKENS, EMBED=EMBED, HEADS=HEADS):
+    """The notebook's nine, written again: name -> a function that makes a function of x."""
     nn, F = torch.nn, torch.nn.functional
     head_size = EMBED // HEADS
     causal = torch.triu(torch.ones(TOKENS, TOKENS), diagonal=1).bool()
@@ -190,52 +195,157 @@ def write_backends(path, machine):
     print(f"wrote {path}")
 
 
+def options_of(line):
+    """Our command line's options, as far as a case of make speed has them, with ./run's defaults."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    for name in ("--kernel", "--mask", "--bias", "--dout"):
+        parser.add_argument(name)
+    for name, value in (("--batch", 1), ("--tokens", 1024), ("--key-tokens", 0), ("--embed", 0), ("--heads", 12), ("--kv-heads", 0),
+                        ("--head-size", 64), ("--lengths", 0), ("--threads", 0), ("--repeat", 1)):
+        parser.add_argument(name, type=int, default=value)
+    parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--dropout", type=float, default=0)
+    parser.add_argument("--dtype", default="f32")
+    parser.add_argument("--pass", dest="kind", default="forward")
+    o = parser.parse_args(line.split())
+    o.key_tokens = o.key_tokens or o.tokens
+    o.kv_heads = o.kv_heads or o.heads
+    return o
+
+
+def module_run(torch, o):
+    """One pass through a module, as a function without arguments; both: out.sum() back to x and the parameters."""
+    x = torch.randn(o.batch, o.tokens, o.embed, requires_grad=o.kind != "forward")
+    module = modules(torch, o.batch, o.tokens, o.embed, o.heads)[o.kernel]()
+
+    def run():
+        with torch.set_grad_enabled(o.kind != "forward"):
+            out = module(x)
+            if o.kind != "forward":
+                x.grad = None
+                out.sum().backward()
+    return run
+
+
+def attention(torch, o):
+    """PyTorch's counterpart of an attention kernel: a function of q, k, v, and a bias or None."""
+    F = torch.nn.functional
+    allowed = None
+    if o.lengths:
+        allowed = (torch.arange(o.key_tokens) < o.lengths).view(1, 1, 1, -1)
+    if o.kernel == "materialised":
+        def materialised(q, k, v, bias):
+            scores = q @ k.transpose(-2, -1) / o.head_size**0.5
+            return torch.softmax(scores, dim=-1) @ v
+        return materialised
+    if o.mask and o.mask != "causal":
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        name, width = o.mask.split(":")
+        if name != "window" or o.tokens != o.key_tokens:
+            raise NotImplementedError(f"no counterpart of --mask {o.mask}")
+        if o.kind != "forward":
+            raise NotImplementedError("flex_attention has no backward pass on a CPU")
+        mask = create_block_mask(lambda b, h, q, kv: (q >= kv) & (q - kv < int(width)), None, None, o.tokens, o.tokens, device=DEVICE)
+        compiled = torch.compile(flex_attention)
+        return lambda q, k, v, bias: compiled(q, k, v, block_mask=mask)
+    return lambda q, k, v, bias: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=allowed if bias is None else bias, dropout_p=o.dropout, is_causal=o.causal or o.mask == "causal",
+        enable_gqa=o.kv_heads < o.heads)
+
+
+def core_run(torch, o):
+    """One pass of attention as a function without arguments; backward: torch.autograd.grad of a forward that is done before."""
+    dtype = torch.bfloat16 if o.dtype == "bf16" else torch.float32
+    q = torch.randn(o.batch, o.heads, o.tokens, o.head_size, dtype=dtype)
+    k, v = (torch.randn(o.batch, o.kv_heads, o.key_tokens, o.head_size, dtype=dtype) for _ in range(2))
+    bias = torch.randn(1, o.heads, o.tokens, o.key_tokens, dtype=dtype) if o.bias else None
+    function = attention(torch, o)
+    if o.kind == "forward":
+        def forward():
+            with torch.no_grad():
+                function(q, k, v, bias)
+        return forward
+    inputs = [tensor.requires_grad_() for tensor in (q, k, v, bias) if tensor is not None]
+    dout = torch.randn_like(q)
+    out = function(q, k, v, bias)
+    return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
+
+
 def work():
-    """A worker: reads a module's name a line, times one forward pass, answers with milliseconds (nan where it cannot run)."""
+    """A worker: reads a case a line, times it, answers with the fastest, median and slowest milliseconds, or "refused" with the reason."""
     import warnings
     import torch
     warnings.filterwarnings("ignore")
     torch.manual_seed(123)
     torch.set_default_device(DEVICE)
     timed = stopwatch(torch)
-    x = torch.randn(BATCH, TOKENS, EMBED)
-    makers, ready = modules(torch), {}
-    if BOTH:
-        x.requires_grad_()
-
-    def run(name):
-        if BOTH:
-            x.grad = None
-            ready[name](x).sum().backward()
-        else:
-            ready[name](x)
-
-    with torch.set_grad_enabled(BOTH):
-        for line in sys.stdin:
-            name = line.strip()
-            try:
-                if name not in ready:
-                    ready[name] = makers[name]()
-                    run(name)  # warm
-                answer = timed(lambda: run(name))
-            except Exception as problem:  # a module that this PyTorch lacks leaves a gap, not a stop
-                if makers[name]:
-                    print(f"{name}: {problem}", file=sys.stderr)
-                makers[name] = None
-                answer = float("nan")
-            print(answer, flush=True)
+    all_threads = torch.get_num_threads()
+    ready = {}  # modules, warm; an attention's tensors would fill the memory, and are made anew
+    for line in sys.stdin:
+        try:
+            o = options_of(line)
+            torch.set_num_threads(o.threads or all_threads)
+            module = o.kernel in CHAPTER
+            run = ready.get(line) or (module_run if module else core_run)(torch, o)
+            if line not in ready and (module or o.mask or o.repeat > 1):
+                run()  # warm, and compiled where it is; a single long run need not be
+            if module:
+                ready[line] = run
+            times = [timed(run) for _ in range(o.repeat)]
+            answer = f"{min(times):.4f} {statistics.median(times):.4f} {max(times):.4f}"
+        except (Exception, SystemExit) as problem:  # what this PyTorch lacks leaves a gap, not a stop
+            answer = "refused " + (" ".join(str(problem).split()) or type(problem).__name__)[:120]
+        print(answer, flush=True)
 
 
-def start_worker(preload):
-    environment = dict(os.environ, LD_PRELOAD=preload) if preload else dict(os.environ)
+def start_worker(kind, folder):
+    """PyTorch "installed" or "forced"; folder: where the library goes that forces MKL's fast path."""
+    environment = dict(os.environ, TORCHINDUCTOR_COMPILE_THREADS="1")
+    if kind == "forced":
+        source, library = os.path.join(folder, "fast.c"), os.path.join(folder, "fast.so")
+        with open(source, "w") as file:
+            file.write("int mkl_serv_intel_cpu_true(void) { return 1; }\n")
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+        environment["LD_PRELOAD"] = library
     return subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker"], stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def time_worker(worker, name):
-    worker.stdin.write(name + "\n")
-    worker.stdin.flush()
-    return float(worker.stdout.readline())
+def ask(worker, case):
+    """A worker's answer; "" if it ended."""
+    try:
+        worker.stdin.write(case + "\n")
+        worker.stdin.flush()
+        return worker.stdout.readline().strip()
+    except BrokenPipeError:
+        return ""
+
+
+def time_worker(worker, case):
+    answer = ask(worker, case)
+    if not answer or answer.startswith("refused"):
+        print(f"{case}: {answer or 'the worker ended'}", file=sys.stderr)
+        return float("nan")
+    return float(answer.split()[1])
+
+
+def serve():
+    """Reads "installed OPTIONS" or "forced OPTIONS" a line, answers as the worker of that kind does; "failed" if that ended."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    workers = {}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for line in sys.stdin:
+                kind, _, case = line.strip().partition(" ")
+                if kind not in workers:
+                    workers[kind] = start_worker(kind, folder)
+                answer = ask(workers[kind], case)
+                if not answer:
+                    del workers[kind]
+                print(answer or "failed", flush=True)
+        finally:
+            for worker in workers.values():
+                worker.kill()
 
 
 def read_tsv(path):
@@ -261,14 +371,9 @@ def main():
     folder_of = "demo" if DEVICE == "cpu" else "gpu"
     out = os.path.join(build, folder_of, "common", "pytorch" + ("" if DEVICE == "cpu" else "_gpu") + ("_both" if BOTH else "") + ".tsv")
     os.makedirs(os.path.dirname(out), exist_ok=True)
+    module = f"--batch {BATCH} --tokens {TOKENS} --embed {EMBED} --heads {HEADS} --pass {'both' if BOTH else 'forward'}"
     with tempfile.TemporaryDirectory() as folder:
-        workers = {"installed": start_worker(None)}
-        if DEVICE == "cpu":
-            source, library = os.path.join(folder, "fast.c"), os.path.join(folder, "fast.so")
-            with open(source, "w") as file:
-                file.write("int mkl_serv_intel_cpu_true(void) { return 1; }\n")
-            subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
-            workers["forced"] = start_worker(library)
+        workers = {kind: start_worker(kind, folder) for kind in (("installed", "forced") if DEVICE == "cpu" else ("installed",))}
         times = {}
         for turn in range(rounds):
             for name in CHAPTER:
@@ -277,7 +382,7 @@ def main():
                 ours, machine = time_ours(build, name, folder)
                 times.setdefault((name, "ours"), []).append(ours)
                 for kind, worker in workers.items():
-                    times.setdefault((name, kind), []).append(time_worker(worker, name))
+                    times.setdefault((name, kind), []).append(time_worker(worker, f"--kernel {name} {module}"))
         if sys.stderr.isatty():
             print(file=sys.stderr)
         for worker in workers.values():
@@ -297,4 +402,4 @@ def main():
 
 
 if __name__ == "__main__":
-    work() if "--worker" in sys.argv else main()
+    work() if "--worker" in sys.argv else serve() if "--serve" in sys.argv else main()

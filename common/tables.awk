@@ -1,23 +1,8 @@
-# Writes one of make tables' tables as Markdown: tables.awk -v table=NAME [reference] NAME.refused NAME.tsv [more.tsv]
+# Writes one of make tables' tables as Markdown, with median.awk: -v table=NAME [reference] NAME.refused NAME.tsv [more.tsv]
 # Rows are found by column names; where steps took turns, a figure is the median of their medians.
 
 BEGIN { FS = "\t" }
 
-function short(value) { return value >= 100 ? sprintf("%.0f", value) : sprintf("%.3g", value) }
-function get(name) { return $at[name] }
-function add(key, value) { list[key] = list[key] " " value }
-
-# The median of the values added under a key; "" if there are none.
-function middle(key,    n, i, j, v, swap) {
-    n = split(list[key], v, " ")
-    if (n == 0)
-        return ""
-    for (i = 2; i <= n; i++)
-        for (j = i; j > 1 && v[j] + 0 < v[j - 1] + 0; j--) {
-            swap = v[j]; v[j] = v[j - 1]; v[j - 1] = swap
-        }
-    return n % 2 ? v[(n + 1) / 2] : (v[n / 2] + v[n / 2 + 1]) / 2
-}
 function ratio(a, b) { return middle(a) != "" && middle(b) > 0 ? short(middle(a) / middle(b)) : "-" }
 function cell(key) { return middle(key) != "" ? short(middle(key)) : key in refused ? refused[key] : "-" }
 

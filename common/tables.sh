@@ -161,7 +161,7 @@ for name in $wanted; do
     claims) set -- "$tables/claims.refused" "$tables/claims.tsv" "$tables/claims/numbers.tsv" ;;
     *) set -- "$tables/$name.refused" "$tables/$name.tsv" ;;
     esac
-    awk -f common/tables.awk -v table="$name" "$@" > "$tables/$name.md" || status=1
+    awk -f common/median.awk -f common/tables.awk -v table="$name" "$@" > "$tables/$name.md" || status=1
     if [ $measure = yes ]; then
         printf '\n== %s\n\n' "$name"
         cat "$tables/$name.md"
