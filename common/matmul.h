@@ -1,8 +1,10 @@
-/* Matrix products through a CBLAS, or plain loops where the machine has none. Row-major, floats.
+/* Matrix products: large ones in plain C with vectors, small ones through a CBLAS where the machine has one.
+ * Row-major, floats.
  *
- * The result has the same bits for any number of threads: a product is cut into panels of rows by its shape
- * alone, and each panel is one single-threaded BLAS call. Inside an OpenMP parallel region a call stays on
- * its thread: many small products run best as a parallel loop over (b, h) around matmul(). */
+ * The result has the same bits for any number of threads: the shape alone says who multiplies, a library gets
+ * panels of rows in single-threaded calls, and our own product adds up each element's terms in one order. Inside
+ * an OpenMP parallel region a call stays on its thread: many small products run best as a parallel loop over
+ * (b, h) around matmul(). Where there is no memory for a copy of B the program ends with a message. */
 #ifndef COMMON_MATMUL_H
 #define COMMON_MATMUL_H
 

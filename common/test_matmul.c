@@ -160,6 +160,15 @@ Test(matmul, several_panels_of_rows_and_pieces_of_k)
     check_all_transposes(1030, 1, 65, 1, 0, 0);
 }
 
+/* Large enough for the product that is our own: many panels, or few and wide ones; odd edges everywhere. */
+Test(matmul, large_products)
+{
+    check_all_transposes(1101, 133, 1027, 0.5f, 1, 3);
+    check('N', 'N', 99, 1501, 1030, 1, 0, 0);
+    check('T', 'N', 5, 50001, 600, 1, -0.5f, 0);
+    check('N', 'T', 2003, 262, 300, 1, 0, 0);
+}
+
 Test(matmul, rows_farther_apart_than_their_width)
 {
     check_all_transposes(7, 5, 65, 1, 0, 3);
@@ -284,8 +293,9 @@ Test(matmul, strided_batch_with_a_shared_matrix)
 
 Test(matmul, linear_with_and_without_bias)
 {
-    const int shapes[][3] = {{1, 1, 1}, {6, 3, 2}, {65, 7, 5}, {300, 65, 300}, {5, 0, 7}, {0, 5, 7}};
-    for (int s = 0; s < 6; s++)
+    const int shapes[][3] = {{1, 1, 1}, {6, 3, 2}, {65, 7, 5},      {300, 65, 300},
+                             {5, 0, 7}, {0, 5, 7}, {1001, 500, 301}};
+    for (int s = 0; s < 7; s++)
         for (int with_bias = 0; with_bias < 2; with_bias++) {
             int rows = shapes[s][0], inputs = shapes[s][1], outputs = shapes[s][2];
             float *x = random_floats((size_t)rows * inputs, 1),
