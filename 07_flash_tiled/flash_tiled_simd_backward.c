@@ -94,25 +94,15 @@ static Scratch lay_out(float *at, int head_size)
 
 /* ---- Arithmetic on vectors ---- */
 
-/* c[i][j] += the sum over k of a[i][k * a_step] * b[k * b_step][j]; see multiply() in flash_tiled_simd.c. */
-INLINE void multiply(Vector c[TILE][VECTORS], int vectors, const float *const a[TILE], size_t a_step,
-                     const float *b, size_t b_step, int n)
-{
-    for (int k = 0; k < n; k++, b += b_step)
-        EACH_VECTOR(i, j, vectors) {
-            c[i][j] += a[i][k * a_step] * ((const Vector *)b)[j];
-        }
-}
-
-/* The same with b (n,KEYS), for scores: in sums of SHORT_SUM terms, as forward adds them. */
+/* multiply_add() with b (n,KEYS), for scores: in sums of SHORT_SUM terms, as forward adds them. */
 INLINE void add_scores(Vector c[TILE][VECTORS], const float *a[TILE], const float *b, int n)
 {
-    multiply(c, VECTORS, a, 1, b, KEYS, smaller(n, SHORT_SUM));
+    multiply_add(c, VECTORS, a, 1, b, KEYS, smaller(n, SHORT_SUM));
     for (int k = SHORT_SUM; k < n; k += SHORT_SUM) {
         Vector more[TILE][VECTORS] = {0};
         for (int i = 0; i < TILE; i++)
             a[i] += SHORT_SUM;
-        multiply(more, VECTORS, a, 1, b + (size_t)k * KEYS, KEYS, smaller(n - k, SHORT_SUM));
+        multiply_add(more, VECTORS, a, 1, b + (size_t)k * KEYS, KEYS, smaller(n - k, SHORT_SUM));
         EACH_VECTOR(i, j, VECTORS) {
             c[i][j] += more[i][j];
         }
@@ -147,13 +137,23 @@ static void read_keys(Scratch *x, const Place *p)
     memset(x->v_columns, 0, KEYS * width * sizeof(float));
     memset(x->k_rows, 0, KEYS * width * sizeof(float));
     for (int i = 0; i < p->keys; i++) {
-        const float *k = key_at(p, p->g->view.k, p->key + i), *v = key_at(p, p->g->view.v, p->key + i);
+        const float *k = key_at(p, p->g->view.k, p->key + i);
         memcpy(x->k_rows + i * width, k, HS * sizeof(float));
-        for (int d = 0; d < HS; d++) {
-            x->k_columns[d * KEYS + i] = k[d];
-            x->v_columns[d * KEYS + i] = v[d];
-        }
     }
+    for (int i0 = 0; i0 < p->keys; i0 += LANES)
+        for (int d = 0; d < HS; d += LANES) {
+            Vector k[LANES] = {0}, v[LANES] = {0};
+            for (int i = 0; i < LANES && i0 + i < p->keys; i++) {
+                k[i] = load_first(key_at(p, p->g->view.k, p->key + i0 + i) + d, HS - d);
+                v[i] = load_first(key_at(p, p->g->view.v, p->key + i0 + i) + d, HS - d);
+            }
+            transpose(k);
+            transpose(v);
+            for (int i = 0; i < LANES; i++) {
+                *(Vector *)(x->k_columns + (size_t)(d + i) * KEYS + i0) = k[i];
+                *(Vector *)(x->v_columns + (size_t)(d + i) * KEYS + i0) = v[i];
+            }
+        }
 }
 
 /* Q, dO, lse and delta. Rows from `rows` on are zero, and see nothing. */
@@ -295,7 +295,7 @@ INLINE void multiply_scores(Scratch *x, const Place *p, const Sight *sight, bool
             EACH_VECTOR(i, j, VECTORS) {
                 c[i][j] = (Vector){0};
             }
-            multiply(c, VECTORS, a, 1, x->v_columns + key, KEYS, HS);
+            multiply_add(c, VECTORS, a, 1, x->v_columns + key, KEYS, HS);
             EACH_VECTOR(i, j, VECTORS) {
                 ((Vector *)(x->d_scores + at + i * KEYS))[j] = c[i][j];
             }
@@ -335,7 +335,7 @@ INLINE void add_key_gradient(float *sum, const float *left, const float *right, 
             EACH_VECTOR(i, j, 2) {
                 c[i][j] = ((const Vector *)(sum + (size_t)(key + i) * width + d))[j];
             }
-            multiply(c, 2, a, KEYS, right + d, width, rows);
+            multiply_add(c, 2, a, KEYS, right + d, width, rows);
             EACH_VECTOR(i, j, 2) {
                 ((Vector *)(sum + (size_t)(key + i) * width + d))[j] = c[i][j];
             }
@@ -354,8 +354,8 @@ INLINE void query_gradient(Scratch *x, const Sight *sight, int rows)
             EACH_VECTOR(i, j, 2) {
                 c[i][j] = (Vector){0};
             }
-            multiply(c, 2, a, 1, x->k_rows + (size_t)sight->from * x->width + d, x->width,
-                     sight->to - sight->from);
+            multiply_add(c, 2, a, 1, x->k_rows + (size_t)sight->from * x->width + d, x->width,
+                         sight->to - sight->from);
             EACH_VECTOR(i, j, 2) {
                 ((Vector *)(x->dq_rows + (size_t)(r + i) * x->width + d))[j] = c[i][j];
             }
