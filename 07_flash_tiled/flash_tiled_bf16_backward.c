@@ -193,7 +193,7 @@ static void drop_out(float *kept, const Place *p, size_t row, const Sight *sight
     WordVector row_low = (WordVector){0} + (uint32_t)row,
                row_high = (WordVector){0} + (uint32_t)((uint64_t)row >> 32);
     for (int key = sight->from / STEP * STEP; key < sight->to; key += STEP) {
-        WordVector four, word[4];
+        WordVector four = {0}, word[4];
         for (int i = 0; i < LANES; i++)
             four[i] = (uint32_t)(p->key + key) / 4 + (uint32_t)i;
         dropout_word_vectors(word, p->s->dropout_seed, row_low, row_high, four);
