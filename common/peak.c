@@ -1,6 +1,11 @@
 #include "benchmark.h"
+#include "memory.h"
 
+#include <stdlib.h>
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -81,4 +86,60 @@ double peak_burst_gflops(int threads, double ms, bool bf16)
     gflops += one_thread_gflops(ms, bf16);
     (void)threads; /* without OpenMP there is one */
     return gflops;
+}
+
+/* ---- Reading ---- */
+
+/* The sum of the vectors, one after the other: the order in which a processor fetches ahead of its own accord. */
+static __attribute__((noinline)) Vector read_block(const Vector *block, size_t vectors)
+{
+    enum { SUMS = 8 };
+    Vector sum[SUMS] = {0}, total = {0};
+    for (size_t i = 0; i + SUMS <= vectors; i += SUMS)
+        for (int j = 0; j < SUMS; j++)
+            sum[j] += block[i + j];
+    for (int j = 0; j < SUMS; j++)
+        total += sum[j];
+    return total;
+}
+
+/* Reads round and round in a part of its own; what was read first is long out of the cache when its turn comes again. */
+static double one_thread_read(const Vector *part, size_t vectors, double ms, volatile float *use)
+{
+    const size_t block = (256 << 10) / sizeof(Vector);
+    double start = now(), seconds, blocks = 0;
+    size_t at = 0;
+    do {
+        Vector sum = read_block(part + at, block);
+        *use = sum[0];
+        at = at + 2 * block <= vectors ? at + block : 0;
+        blocks++;
+        seconds = now() - start;
+    } while (seconds < 1e-3 * ms);
+    return blocks * block * sizeof(Vector) / seconds * 1e-9;
+}
+
+double read_burst_gb_per_s(int threads, double ms)
+{
+    const size_t each = (256 << 20) / sizeof(Vector); /* 256 MiB for all: no cache is as large */
+    static float *memory;
+    if (!memory) {
+        memory = allocate_floats(each * LANES);
+#pragma omp parallel for
+        for (size_t i = 0; i < each * LANES; i++)
+            memory[i] = 0; /* by several threads, so that it lies near to them */
+    }
+    double rate = 0;
+    size_t vectors = each / threads;
+#pragma omp parallel num_threads(threads) reduction(+ : rate)
+    {
+        volatile float use;
+#ifdef _OPENMP
+        rate += one_thread_read((const Vector *)memory + omp_get_thread_num() * vectors, vectors, ms, &use);
+#else
+        rate += one_thread_read((const Vector *)memory, vectors, ms, &use);
+#endif
+        (void)use;
+    }
+    return rate;
 }
