@@ -1,11 +1,8 @@
 #include "benchmark.h"
 #include "memory.h"
 
-#include <stdlib.h>
+#include <stdbool.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -104,42 +101,35 @@ static __attribute__((noinline)) Vector read_block(const Vector *block, size_t v
 }
 
 /* Reads round and round in a part of its own; what was read first is long out of the cache when its turn comes again. */
-static double one_thread_read(const Vector *part, size_t vectors, double ms, volatile float *use)
+static double one_thread_gb_per_s(const Vector *part, size_t vectors, double ms)
 {
     const size_t block = (256 << 10) / sizeof(Vector);
+    Vector total = {0};
     double start = now(), seconds, blocks = 0;
     size_t at = 0;
     do {
-        Vector sum = read_block(part + at, block);
-        *use = sum[0];
+        total += read_block(part + at, block);
         at = at + 2 * block <= vectors ? at + block : 0;
         blocks++;
         seconds = now() - start;
     } while (seconds < 1e-3 * ms);
-    return blocks * block * sizeof(Vector) / seconds * 1e-9;
+    bool all_zero = total[0] == 0; /* so the sum is wanted, and no compiler leaves the reading out */
+    return all_zero ? blocks * block * sizeof(Vector) / seconds * 1e-9 : 0;
 }
 
 double read_burst_gb_per_s(int threads, double ms)
 {
-    const size_t each = (256 << 20) / sizeof(Vector); /* 256 MiB for all: no cache is as large */
-    static float *memory;
+    const size_t all = (256 << 20) / sizeof(Vector);
+    static Vector *memory;
     if (!memory) {
-        memory = allocate_floats(each * LANES);
+        memory = (Vector *)allocate_floats(all * LANES);
 #pragma omp parallel for
-        for (size_t i = 0; i < each * LANES; i++)
-            memory[i] = 0; /* by several threads, so that it lies near to them */
+        for (size_t i = 0; i < all; i++)
+            memory[i] = (Vector){0};
     }
-    double rate = 0;
-    size_t vectors = each / threads;
-#pragma omp parallel num_threads(threads) reduction(+ : rate)
-    {
-        volatile float use;
-#ifdef _OPENMP
-        rate += one_thread_read((const Vector *)memory + omp_get_thread_num() * vectors, vectors, ms, &use);
-#else
-        rate += one_thread_read((const Vector *)memory, vectors, ms, &use);
-#endif
-        (void)use;
-    }
-    return rate;
+    double gb_per_s = 0;
+#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(+ : gb_per_s)
+    for (int i = 0; i < threads; i++)
+        gb_per_s += one_thread_gb_per_s(memory + i * (all / threads), all / threads, ms);
+    return gb_per_s;
 }
