@@ -7,6 +7,10 @@ static int smaller(int a, int b)
 {
     return a < b ? a : b;
 }
+static int64_t larger(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
 
 static size_t list_count(const BlockMask *mask)
 {
@@ -91,7 +95,7 @@ BlockMask transpose_in(float *memory, const BlockMask *mask)
     return turned;
 }
 
-/* ---- From a predicate ---- */
+/* ---- Of one block ---- */
 
 /* Asks until a yes and a no were heard. */
 static BlockKind ask_pairs(MaskPredicate *predicate, const AttentionShape *s, int b, int h, int q, int q_end,
@@ -105,19 +109,71 @@ static BlockKind ask_pairs(MaskPredicate *predicate, const AttentionShape *s, in
     return first ? BLOCK_FULL : BLOCK_EMPTY;
 }
 
+/* ---- The lists ---- */
+
+/* Where the document of a position begins: their numbers ascend. */
+static int document_start(const int *document, int place)
+{
+    int low = 0, high = place;
+    while (low < high) {
+        int middle = low + (high - low) / 2;
+        if (document[middle] < document[place])
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* The keys that queries can see: kv < globals or first <= kv < end. */
+typedef struct {
+    int64_t globals, first, end;
+} Reach;
+
+/* Of the queries at the places p0 <= p <= p1 under one of the book's masks. */
+static Reach reach_of(const AttentionShape *s, int p0, int p1)
+{
+    int64_t TK = s->key_tokens, W = s->mask.width, extra = s->mask.extra, past = (int64_t)p1 + 1;
+    Reach reach = {0, 0, TK};
+    switch (s->mask.kind) {
+    case MASK_NONE: break;
+    case MASK_CAUSAL: reach = (Reach){0, 0, past}; break;
+    case MASK_FUTURE: reach = (Reach){0, (int64_t)p0 + 1, TK}; break;
+    case MASK_WINDOW: reach = (Reach){0, p0 - W + 1, past}; break;
+    case MASK_PREFIX: reach = (Reach){0, 0, larger(W, past)}; break;
+    case MASK_LOCAL_GLOBAL:
+        if (p0 >= extra)
+            reach = (Reach){extra, p0 - W + 1, p1 + W};
+        break;
+    case MASK_DILATED: reach = (Reach){0, p0 - W * extra + 1, past}; break;
+    case MASK_DOCUMENTS: reach = (Reach){0, document_start(s->mask.document, p0), past}; break;
+    }
+    if (s->causal && past < reach.end)
+        reach.end = past;
+    return reach;
+}
+
+/* Only blocks in reach are looked at: with small blocks and a narrow mask most are not. */
 static void fill(BlockMask *mask, bool closed, const AttentionShape *s)
 {
-    int N = mask->block;
-#pragma omp parallel for collapse(3)
+    int N = mask->block, shift = s->key_tokens - s->tokens;
+#pragma omp parallel for collapse(3) schedule(dynamic, 16)
     for (int b = 0; b < mask->batch; b++)
         for (int h = 0; h < mask->heads; h++)
             for (int i = 0; i < mask->query_blocks; i++) {
                 size_t index = list_index(mask, b, h, i);
                 ListedBlock *list = mask->listed + index * mask->key_blocks;
                 int count = 0, q = i * N, q_end = smaller(q + N, s->tokens);
+                Reach reach =
+                    closed ? reach_of(s, q + shift, q_end - 1 + shift) : (Reach){0, 0, s->key_tokens};
 
                 for (int j = 0; j < mask->key_blocks; j++) {
-                    int kv = j * N, kv_end = smaller(kv + N, s->key_tokens);
+                    if ((int64_t)j * N >= reach.globals)
+                        j = (int)larger(j, reach.first / N);
+                    int64_t key = (int64_t)j * N;
+                    if (key >= larger(reach.end, reach.globals))
+                        break;
+                    int kv = (int)key, kv_end = smaller(kv + N, s->key_tokens);
                     BlockKind kind = closed ? closed_form(s, b, q, q_end, kv, kv_end)
                                             : ask_pairs(mask->predicate, s, b, h, q, q_end, kv, kv_end);
                     if (kind != BLOCK_EMPTY)

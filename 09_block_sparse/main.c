@@ -4,6 +4,7 @@
 #include "block_sparse.h"
 #include "chapter.h"
 #include "error.h"
+#include "list_times.h"
 #include "memory.h"
 
 #include <math.h>
@@ -518,7 +519,9 @@ static void story(Story *story)
 }
 
 static const ChapterMode modes[] = {
-    {"mask", "[--mask NAME] [--tokens T] [--block N] [--tsv FILE]: pictures of block masks", run_mask}, {0}};
+    {"mask", "[--mask NAME] [--tokens T] [--block N] [--tsv FILE]: pictures of block masks", run_mask},
+    {"lists", "[--tsv FILE]: what making the block lists costs, of attention's time", run_list_times},
+    {0}};
 
 DECLARE_DEVICE_KERNELS(block_sparse);
 DECLARE_DEVICE_KERNELS(dense_mask);
