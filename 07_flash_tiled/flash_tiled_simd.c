@@ -9,7 +9,7 @@
  * - The score comes out as an exponent. scale and log2 e are multiplied into the queries once, and the sums start
  *   at -m: after the product there is nothing left to do but 2^x.
  * - The maximum is lazy. Softmax needs no maximum but a number near it. m follows only where a score has
- *   outgrown it by 2^headroom, which is looked at once a tile.
+ *   outgrown it by 2^headroom, which is looked at once a tile; then the tile is scored again.
  * - FLASH_KEYS keys a tile: their weights stay in the cache between the two products, and the output is loaded
  *   and stored once for all of them.
  * - What no row sees is left out, down to single vectors of rows along the diagonal of a causal mask. */
@@ -29,16 +29,18 @@ static int smaller(int a, int b)
 
 /* ---- The steps of a tile: up to FLASH_KEYS keys by the block's vectors from .. from + vectors - 1 ---- */
 
-/* p = score - m, and the largest of them in each lane. ask: p holds what flash_ask() says. A score of more than
+/* p = score - m, and the largest of them in each lane; ask: with what flash_ask() says. A score of more than
  * SHORT_SUM terms is added up in several sums: rounding then costs one of 256 terms no more than one of 64, and the
  * error of a large score would go into an exponent. */
-INLINE void score(const FlashBlock *block, float *p, Vector top[VECTORS], int key, int keys, bool ask,
-                  int from, int vectors)
+INLINE void score_tile(const FlashBlock *block, float *p, Vector top[VECTORS], int key, int keys, bool ask,
+                       int from, int vectors)
 {
     const Vector *m = (const Vector *)block->m + from;
     int HS = block->s->head_size;
     for (int j = 0; j < vectors; j++)
         top[j] = (Vector){0} - INFINITY;
+    if (ask)
+        flash_ask(block, p, key, keys, from, vectors);
     for (int i0 = 0; i0 < keys; i0 += TILE) {
         Vector *scores = (Vector *)(p + i0 * FLASH_ROWS) + from;
         const float *k[TILE]; /* past the last key: the last again, which flash_ask() forbids */
@@ -47,13 +49,17 @@ INLINE void score(const FlashBlock *block, float *p, Vector top[VECTORS], int ke
 
         for (int d = 0; d < HS; d += SHORT_SUM) {
             Vector c[TILE][VECTORS];
-            EACH_VECTOR(i, j, vectors)
+            EACH_VECTOR(i, j, vectors) {
                 c[i][j] = d ? (Vector){0} : -m[j];
+                if (ask && !d)
+                    c[i][j] +=
+                        scores[i * VECTORS + j]; /* first: a mask of -1e9 less m leaves room for the score */
+            }
             multiply_add(c, vectors, k, 1, block->q_columns + d * FLASH_ROWS + from * LANES, FLASH_ROWS,
                          smaller(SHORT_SUM, HS - d));
             EACH_VECTOR(i, j, vectors) {
                 Vector x = c[i][j], *at = scores + i * VECTORS + j;
-                if (ask || d)
+                if (d)
                     x += *at;
                 *at = ask ? vector_select(*at == -INFINITY, *at, x) : x;
             }
@@ -66,30 +72,30 @@ INLINE void score(const FlashBlock *block, float *p, Vector top[VECTORS], int ke
 }
 
 /* Would the weights 2^(score - m) fit into floats with this m? A row that has seen nothing yet started with m = 0,
- * which may also be far too large for it. Where not, m moves up to the largest score, and what was summed up so far
- * is mended. raise: how far it moved; random scores leave it at 0, large ones move it once or twice a row. */
-static void raise_maximum(FlashBlock *block, Vector raise[VECTORS], const Vector top[VECTORS], int from,
-                          int vectors)
+ * which may also be far too large for it. Where not, m moves to the largest score, and what was summed up so far is
+ * mended; returns true if the tile must be scored again. Random scores never get here; large ones do once or twice a
+ * row. */
+static bool raise_maximum(FlashBlock *block, const Vector top[VECTORS], int from, int vectors)
 {
+    bool again = false;
     for (int i = 0; i < vectors * LANES; i++) {
         int row = from * LANES + i;
         float above = ((const float *)top)[i];
         bool nothing_yet = block->l[row] == 0;
-        ((float *)raise)[i] = 0;
         if (above <= headroom && (!nothing_yet || above >= -headroom || above == -INFINITY))
             continue;
         float mend = nothing_yet ? 0 : exp2f(-above);
-        ((float *)raise)[i] = above;
         block->m[row] += above;
         block->l[row] *= mend;
         for (size_t d = 0; d < (size_t)block->s->head_size; d++)
             block->out_columns[d * FLASH_ROWS + row] *= mend;
+        again = true;
     }
+    return again;
 }
 
-/* p = 2^(p - raise), and l += their sum. Memory has little to do meanwhile: it is asked for the next tile. */
-INLINE void weigh(FlashBlock *block, float *p, const Vector raise[VECTORS], int key, int keys, int from,
-                  int vectors)
+/* p = 2^p, and l += their sum. Memory has little to do meanwhile: it is asked for the next tile. */
+INLINE void weigh(FlashBlock *block, float *p, int key, int keys, int from, int vectors)
 {
     Vector sum[VECTORS] = {0};
     for (int i = 0; i < keys; i++) {
@@ -101,7 +107,7 @@ INLINE void weigh(FlashBlock *block, float *p, const Vector raise[VECTORS], int 
         UNROLL for (int j = 0; j < vectors; j++)
         {
             Vector *at = (Vector *)(p + i * FLASH_ROWS) + from + j;
-            *at = exp2_vector(*at - raise[j]);
+            *at = exp2_vector(*at);
             sum[j] += *at;
         }
     }
@@ -130,12 +136,11 @@ INLINE void add_values(FlashBlock *block, const float *p, int key, int keys, int
 INLINE void attend_tile(FlashBlock *block, int key, int keys, bool ask, int from, int vectors)
 {
     _Alignas(64) float p[FLASH_KEYS * FLASH_ROWS];
-    Vector top[VECTORS], raise[VECTORS];
-    if (ask)
-        flash_ask(block, p, key, keys, from, vectors);
-    score(block, p, top, key, keys, ask, from, vectors);
-    raise_maximum(block, raise, top, from, vectors);
-    weigh(block, p, raise, key, keys, from, vectors);
+    Vector top[VECTORS];
+    score_tile(block, p, top, key, keys, ask, from, vectors);
+    if (raise_maximum(block, top, from, vectors))
+        score_tile(block, p, top, key, keys, ask, from, vectors);
+    weigh(block, p, key, keys, from, vectors);
     if (block->s->dropout > 0)
         flash_drop_out(block, p, key, keys, from, vectors);
     add_values(block, p, key, keys, from, vectors);
