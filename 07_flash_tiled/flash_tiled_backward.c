@@ -115,7 +115,11 @@ void attention_materialised_backward(const AttentionBackward *g, const float *we
 /* ---- In tiles: what is wanted of P is computed again, once from the side of the queries and once from the
  * side of the keys. ---- */
 
-enum { KEYS = 32 }; /* a block of keys, beside each other in the vectors that one query meets */
+enum {
+    KEYS = 32, /* a block of keys, beside each other in the vectors that one query meets */
+    SHORT_SUM =
+        64, /* products of a score that are added up before they join the rest: less is lost to rounding */
+};
 
 /* Where the block that holds key (b, h, t2) starts in key_blocks or value_blocks. */
 static size_t block_start(const AttentionShape *s, int b, int h, int t2)
@@ -163,13 +167,16 @@ static int recompute(Pair *pairs, const AttentionBackward *g, const TiledScratch
 
     /* The query's dot products with the whole block, and those of dO with the values */
     float score[KEYS] = {0}, d_weight[KEYS] = {0}, p[KEYS];
-    for (int d = 0; d < s->head_size; d++)
-        for (int j = 0; j < KEYS; j++) {
-            score[j] += g->q[q_bht + d] * key[d * KEYS + j];
-            d_weight[j] += g->dout[q_bht + d] * value[d * KEYS + j];
-        }
-    for (int j = 0; j < KEYS; j++)
-        score[j] *= s->scale;
+    for (int d0 = 0; d0 < s->head_size; d0 += SHORT_SUM) {
+        float part[KEYS] = {0};
+        for (int d = d0; d < smaller(d0 + SHORT_SUM, s->head_size); d++)
+            for (int j = 0; j < KEYS; j++) {
+                part[j] += g->q[q_bht + d] * key[d * KEYS + j];
+                d_weight[j] += g->dout[q_bht + d] * value[d * KEYS + j];
+            }
+        for (int j = 0; j < KEYS; j++)
+            score[j] += s->scale * part[j];
+    }
     for (int t2 = from; s->bias && t2 < to; t2++)
         score[t2 % KEYS] += bias_at(s, b, h, t, t2);
     for (int j = 0; j < KEYS; j++)

@@ -40,13 +40,12 @@ Comparison compare_gradient(const float *ours, const double *expected, size_t co
 }
 
 /* In units of 2^-24, the rounding error of one float: a sum of n terms drifts by about sqrt(n) of them, and a
- * score of size s brings s of them into the exponent. Four times the one is room enough for every honest order of adding.
- * So is six times the other: a score that is summed up in a row, 256 products each rounded (a processor without fused
- * multiply-adds), was measured to bring 4.7. Never so much that a result wrong by 1% could pass, whatever the scores
- * (infinite ones included). */
+ * score of size s brings s of them into the exponent. Four times that is room enough for every honest order
+ * of adding. Never so much that a result wrong by 1% could pass, whatever the scores (infinite ones
+ * included). */
 double tolerance_f32(int key_tokens, double largest_score)
 {
-    double tolerance = 0x1p-24 * (4 * sqrt(key_tokens) + 6 * largest_score);
+    double tolerance = 4 * 0x1p-24 * (sqrt(key_tokens) + largest_score);
     if (!(tolerance <= 5e-3))
         return 5e-3;
     return fmax(1e-5, tolerance);

@@ -57,7 +57,8 @@ enum { LANES = 8 };
 #else
 enum { LANES = 4 };
 #endif
-enum { ROWS = 6, COLUMNS = 2 * LANES, DEPTH = 256 }; /* the tile; how much of k is copied at once */
+enum { ROWS = 6, COLUMNS = 2 * LANES, DEPTH = 128 };
+/* The tile; how much of k is copied at once, and added up before it joins out: short sums lose less to rounding. */
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
 
 /* tile (ROWS,COLUMNS) = a b, with a (depth,ROWS) and b (depth,COLUMNS). */
