@@ -67,8 +67,8 @@ void flash_begin(FlashBlock *block, float *scratch);
  * block, as 0 * NaN is NaN. */
 void flash_attend(FlashBlock *block, int first, int end, bool look);
 
-/* One tile: at most FLASH_KEYS keys, by the block's vectors from .. from + vectors - 1 (1 .. VECTORS of them). Where
- * it asks flash_ask() nobody else need see all keys; where not, keys is a multiple of TILE. */
+/* One tile: at most FLASH_KEYS keys, by the block's vectors from .. from + vectors - 1 (1 .. VECTORS of them). ask: what
+ * flash_ask() says of each pair counts; without, each row sees every key, and keys is a multiple of TILE. */
 void flash_attend_tile(FlashBlock *block, int key, int keys, bool ask, int from, int vectors);
 
 /* Attends to every key that mask, causality, lengths and bias let these rows see: the run of keys that all

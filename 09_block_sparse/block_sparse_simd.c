@@ -114,12 +114,7 @@ static void attend_view(const FlashView *view, float *scratch, const BlockMask *
 void attention_block_sparse_simd(float *out, float *lse, float *scratch, const float *q, const float *k,
                                  const float *v, const BlockMask *mask, const AttentionShape *s)
 {
-    FlashView view = {.q = q, .k = k, .v = v, .out = out, .lse = lse};
-    view.q_token = view.k_token = view.out_token = s->head_size;
-    view.q_head = view.out_head = (size_t)s->tokens * s->head_size;
-    view.k_head = (size_t)s->key_tokens * s->head_size;
-    view.q_batch = view.out_batch = s->heads * view.q_head;
-    view.k_batch = s->kv_heads * view.k_head;
+    FlashView view = flash_view(q, k, v, out, lse, s);
     attend_view(&view, scratch, mask, s);
 }
 

@@ -39,8 +39,8 @@ typedef struct {
 extern "C" {
 #endif
 
-extern const Accelerator accelerator_cpu;  /* device_cpu.c: for kernels in bf16 */
-extern const Accelerator accelerator_simt; /* device_simt.c */
+extern const Accelerator accelerator_cpu;  /* device_here.c: for kernels in bf16 */
+extern const Accelerator accelerator_simt; /* device_here.c */
 extern const Accelerator accelerator_cuda; /* device_cuda.cu; only where HAVE_CUDA is defined */
 
 /* NULL for the CPU, and for a device that this build has no compiler for. */

@@ -18,37 +18,32 @@ if [ -n "${MACHINE:-}" ]; then
     done
     sh common/charts.sh "$demo" || exit 1
 fi
-for folder in "$demo"/*/; do
-    [ -d "$folder" ] || continue
-    chapter=$(basename "$folder")
-    mkdir -p "$chapter/measured"
-    for file in "$folder"*; do
-        [ -f "$file" ] && cp "$file" "$chapter/measured/"
+# keep FOLDER FILE..: copies those that are there
+keep() {
+    kept=$1
+    shift
+    mkdir -p "$kept"
+    for file in "$@"; do
+        [ -f "$file" ] && cp "$file" "$kept/"
     done
+}
+for folder in "$demo"/*/; do
+    [ -d "$folder" ] && keep "$(basename "$folder")/measured" "$folder"*
 done
 if [ -d "$tables" ]; then
     sh common/tables.sh render || exit 1
-    mkdir -p 07_flash_tiled/measured/tables
-    for file in "$tables"/*.tsv "$tables"/*.md "$tables"/*.svg "$tables"/*.png; do
-        [ -f "$file" ] && cp "$file" 07_flash_tiled/measured/tables/
-    done
+    keep 07_flash_tiled/measured/tables "$tables"/*.tsv "$tables"/*.md "$tables"/*.svg "$tables"/*.png
 fi
 if [ -f "$speed/ours.tsv" ]; then
     sh common/speed.sh render || exit 1
-    mkdir -p 07_flash_tiled/measured/speed
-    for file in "$speed"/*.tsv "$speed"/*.md "$speed"/*.svg "$speed"/*.png; do
-        [ -f "$file" ] && cp "$file" 07_flash_tiled/measured/speed/
-    done
+    keep 07_flash_tiled/measured/speed "$speed"/*.tsv "$speed"/*.md "$speed"/*.svg "$speed"/*.png
 fi
 if [ -f "$gpu/tokens.tsv" ]; then
     if awk -F '\t' '$4 == "simt" { found = 1 } END { exit !found }' "$gpu/tokens.tsv"; then
         echo "$gpu is left out: the stand-in only tried it, and its times mean nothing"
     else
-        mkdir -p 07_flash_tiled/measured/gpu
+        keep 07_flash_tiled/measured/gpu "$gpu"/*.tsv "$gpu"/07_flash_tiled/* "$gpu"/common/*
         cp "$gpu/claims/numbers.tsv" 07_flash_tiled/measured/gpu/claims.tsv
-        for file in "$gpu"/*.tsv "$gpu"/07_flash_tiled/* "$gpu"/common/*; do
-            [ -f "$file" ] && cp "$file" 07_flash_tiled/measured/gpu/
-        done
     fi
 fi
 sh common/readme.sh

@@ -1,4 +1,5 @@
 #include "matmul.h"
+#include "vectors.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -50,16 +51,8 @@ static void one_product(char transpose_a, char transpose_b, int m, int n, int k,
 /* Plain C, in the order that BLIS made known (Van Zee and van de Geijn 2015): pieces of A and B are copied to
  * where they lie in the order of use, zeros filling them up at the edges, and a tile of out stays in
  * registers along all of k. */
-#if defined(__AVX512F__)
-enum { LANES = 16 };
-#elif defined(__AVX__)
-enum { LANES = 8 };
-#else
-enum { LANES = 4 };
-#endif
 enum { ROWS = 6, COLUMNS = 2 * LANES, DEPTH = 128 };
 /* The tile; how much of k is copied at once, and added up before it joins out: short sums lose less to rounding. */
-typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
 
 /* tile (ROWS,COLUMNS) = a b, with a (depth,ROWS) and b (depth,COLUMNS). */
 static void multiply_tile(float tile[ROWS][COLUMNS], int depth, const float *a, const float *b)

@@ -1,18 +1,5 @@
 #include "benchmark.h"
-
-#include <string.h>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
-/* As wide as this build's vectors are. */
-#if defined(__AVX512F__)
-enum { VECTOR_BYTES = 64 };
-#elif defined(__AVX__)
-enum { VECTOR_BYTES = 32 };
-#else
-enum { VECTOR_BYTES = 16 };
-#endif
+#include "vectors.h"
 
 /* A multiply-add takes about 4 cycles and up to 4 begin in each (2 on x86): this many must be under way at
  * once, and all of them must stay in registers, 16 or 32 of them. */
@@ -22,8 +9,7 @@ enum { CHAINS = 16 };
 enum { CHAINS = 12 };
 #endif
 
-typedef float Vector __attribute__((vector_size(VECTOR_BYTES)));
-enum { LANES = VECTOR_BYTES / sizeof(float), STEPS = 4096 };
+enum { STEPS = 4096 };
 
 /* STEPS multiply-adds on each of CHAINS vectors. The sums settle at 1: nothing overflows, nothing becomes
  * denormal. */
