@@ -7,10 +7,8 @@
 #ifndef BF16_VECTORS_H
 #define BF16_VECTORS_H
 
+#include "narrow.h"
 #include "vectors.h"
-
-#include <stddef.h>
-#include <string.h>
 
 typedef uint16_t Bf16;
 typedef uint32_t __attribute__((may_alias)) Pair; /* two neighbours in memory; the first is the lower half */
@@ -56,21 +54,6 @@ INLINE void store_row(Bf16 *row, Vector x)
     for (int i = 0; i < LANES; i++)
         row[i] = (Bf16)rounded[i];
 #endif
-}
-
-static inline Bf16 bf16_from(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return (Bf16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-static inline float float_from(Bf16 x)
-{
-    uint32_t bits = (uint32_t)x << 16;
-    float wide;
-    memcpy(&wide, &bits, sizeof wide);
-    return wide;
 }
 
 /* 2^x for x <= 127, as exp2_vector() of vectors.h with a term less: relative error 9e-8. Below -150 exactly 0, NaN

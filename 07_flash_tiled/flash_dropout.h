@@ -3,6 +3,7 @@
 #ifndef FLASH_DROPOUT_H
 #define FLASH_DROPOUT_H
 
+#include "shape.h"
 #include "vectors.h"
 
 #include <math.h>
@@ -63,6 +64,27 @@ static inline uint32_t dropout_threshold(float p)
 static inline Vector dropout_factors(WordVector word, uint32_t threshold, float kept)
 {
     return vector_select((IntVector)(word >= threshold), (Vector){0} + kept, (Vector){0});
+}
+
+/* kept[i], from <= i < to (or in the same group of 4 * LANES keys): the factor of key `key` + i of one row, whose place in
+ * lse is `row`. `key` is a multiple of 4. A lane is a group of four keys, whose factors then go side by side. */
+static inline void dropout_row(float *kept, const AttentionShape *s, size_t row, int key, int from, int to)
+{
+    enum { STEP = 4 * LANES };
+    WordVector row_low = (WordVector){0} + (uint32_t)row,
+               row_high = (WordVector){0} + (uint32_t)((uint64_t)row >> 32);
+    for (int i0 = from / STEP * STEP; i0 < to; i0 += STEP) {
+        WordVector four = {0}, word[4];
+        Vector factor[4];
+        for (int i = 0; i < LANES; i++)
+            four[i] = (uint32_t)(key + i0) / 4 + (uint32_t)i;
+        dropout_word_vectors(word, s->dropout_seed, row_low, row_high, four);
+        for (int j = 0; j < 4; j++)
+            factor[j] = dropout_factors(word[j], dropout_threshold(s->dropout), 1 / (1 - s->dropout));
+        for (int i = 0; i < LANES; i++)
+            for (int j = 0; j < 4; j++)
+                kept[i0 + 4 * i + j] = factor[j][i];
+    }
 }
 
 #endif

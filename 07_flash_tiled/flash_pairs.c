@@ -43,6 +43,20 @@ bool flash_bounds(const AttentionShape *s, int b, int t, int *first, int *end)
     return kind != MASK_LOCAL_GLOBAL && kind != MASK_DILATED;
 }
 
+FlashSpan flash_span(const AttentionShape *s, int b, int t, int rows)
+{
+    FlashSpan span = {.first = s->key_tokens, .all_end = s->key_tokens, .one_run = true};
+    for (int r = 0; r < rows; r++) {
+        int first, end;
+        span.one_run = flash_bounds(s, b, t + r, &first, &end);
+        span.first = smaller(span.first, first);
+        span.end = larger(span.end, end);
+        span.all_first = larger(span.all_first, first);
+        span.all_end = smaller(span.all_end, end);
+    }
+    return span;
+}
+
 /* Adds the bias of LANES rows, the block's j-th vector, where they may look. The rows of a bias lie along the keys:
  * LANES of them by LANES keys are read at once and transposed. */
 static void add_bias(const FlashBlock *block, float *terms, int key, int keys, int j)

@@ -168,41 +168,12 @@ typedef struct {
 static Sight look_ahead(const Place *p)
 {
     const AttentionShape *s = p->s;
-    int first = s->key_tokens, end = 0, all_first = 0, all_end = s->key_tokens;
-    bool one_run = true;
-    for (int r = 0; r < p->rows; r++) {
-        int row_first, row_end;
-        one_run = flash_bounds(s, p->b, p->t + r, &row_first, &row_end);
-        first = smaller(first, row_first);
-        end = larger(end, row_end);
-        all_first = larger(all_first, row_first);
-        all_end = smaller(all_end, row_end);
-    }
-    Sight sight = {.from = larger(first - p->key, 0) / KEY_STEP * KEY_STEP,
-                   .to = smaller(end - p->key, p->keys)};
-    bool every = one_run && all_first <= p->key + sight.from && all_end >= p->key + sight.to;
+    FlashSpan span = flash_span(s, p->b, p->t, p->rows);
+    Sight sight = {.from = larger(span.first - p->key, 0) / KEY_STEP * KEY_STEP,
+                   .to = smaller(span.end - p->key, p->keys)};
+    bool every = span.one_run && span.all_first <= p->key + sight.from && span.all_end >= p->key + sight.to;
     sight.all = every && s->dropout == 0 && sight.to == p->keys && sight.to % 2 == 0;
     return sight;
-}
-
-/* kept of one query: a lane is a group of four keys, whose factors then go side by side. */
-static void drop_out(float *kept, const Place *p, size_t row, const Sight *sight)
-{
-    enum { STEP = 4 * LANES };
-    float p_dropped = p->s->dropout;
-    WordVector row_low = (WordVector){0} + (uint32_t)row,
-               row_high = (WordVector){0} + (uint32_t)((uint64_t)row >> 32);
-    for (int key = sight->from / STEP * STEP; key < sight->to; key += STEP) {
-        WordVector four = {0}, word[4];
-        for (int i = 0; i < LANES; i++)
-            four[i] = (uint32_t)(p->key + key) / 4 + (uint32_t)i;
-        dropout_word_vectors(word, p->s->dropout_seed, row_low, row_high, four);
-        for (int j = 0; j < 4; j++) {
-            Vector factor = dropout_factors(word[j], dropout_threshold(p_dropped), 1 / (1 - p_dropped));
-            for (int i = 0; i < LANES; i++)
-                kept[key + 4 * i + j] = factor[i];
-        }
-    }
 }
 
 /* extra and kept of the keys in sight, and of those that share a register tile with the last. */
@@ -222,7 +193,7 @@ static void look_up(const Scratch *x, const Place *p, const Sight *sight)
             if (!attends(s, p->b, p->h, t, p->key + i))
                 extra[i] = -INFINITY;
         if (s->dropout > 0 && r < p->rows)
-            drop_out(kept, p, lse_index(s, p->b, p->h, t), sight);
+            dropout_row(kept, s, lse_index(s, p->b, p->h, t), p->key, sight->from, sight->to);
     }
 }
 
@@ -373,8 +344,8 @@ static void write_key_gradient(const Scratch *x, const Place *p, int block)
     for (int i = 0; i < keys; i++) {
         size_t row = key_row(p->s, p->b, p->h, p->key + i), at = (size_t)i * x->width;
         for (int d = 0; d < HS; d++) {
-            p->g->dk[row + d] = bf16_from(i < p->keys ? p->s->scale * x->dk[at + d] : 0);
-            p->g->dv[row + d] = bf16_from(i < p->keys ? x->dv[at + d] : 0);
+            p->g->dk[row + d] = bf16_from_float(i < p->keys ? p->s->scale * x->dk[at + d] : 0);
+            p->g->dv[row + d] = bf16_from_float(i < p->keys ? x->dv[at + d] : 0);
         }
     }
 }
@@ -409,7 +380,7 @@ static float row_delta(const Bf16 *dout, const Bf16 *out, int n)
 {
     float sum = 0;
     for (int d = 0; d < n; d++)
-        sum += float_from(dout[d]) * float_from(out[d]);
+        sum += bf16_to_float(dout[d]) * bf16_to_float(out[d]);
     return sum;
 }
 
@@ -423,7 +394,7 @@ static void finish_row(const Bf16Backward *g, const float *sums, const Attention
         float sum = 0;
         for (int chunk = 0; chunk < n; chunk++)
             sum += first[chunk * task_sums(s) + d];
-        g->dq[row * HS + d] = bf16_from(s->scale * sum);
+        g->dq[row * HS + d] = bf16_from_float(s->scale * sum);
     }
 }
 

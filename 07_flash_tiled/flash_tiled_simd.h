@@ -88,6 +88,14 @@ void flash_drop_out(const FlashBlock *block, float *p, int key, int keys, int fr
  * -inf), as with most masks. */
 bool flash_bounds(const AttentionShape *s, int b, int t, int *first, int *end);
 
+/* The same of rows t .. t + rows - 1: none sees a key outside first .. end - 1, each sees all of all_first ..
+ * all_end - 1 if one_run (but for a bias of -inf). */
+typedef struct {
+    int first, end, all_first, all_end;
+    bool one_run;
+} FlashSpan;
+FlashSpan flash_span(const AttentionShape *s, int b, int t, int rows);
+
 /* Writes out and lse = m + log l of each row; zeros and -inf for a row that saw no key. */
 void flash_finish(FlashBlock *block);
 

@@ -197,42 +197,13 @@ static Sight look_ahead(const Place *p)
     int kind = known->how_many ? known->how_many(s, p->b, p->t, p->t + p->rows, p->key, p->key + p->keys) : 1;
     if (kind == 0)
         return (Sight){0};
-    int first = s->key_tokens, end = 0, all_first = 0, all_end = s->key_tokens;
-    bool one_run = true;
-    for (int r = 0; r < p->rows; r++) {
-        int row_first, row_end;
-        one_run = flash_bounds(s, p->b, p->t + r, &row_first, &row_end);
-        first = smaller(first, row_first);
-        end = larger(end, row_end);
-        all_first = larger(all_first, row_first);
-        all_end = smaller(all_end, row_end);
-    }
-    Sight sight = {.from = larger(first - p->key, 0) / KEY_STEP * KEY_STEP,
-                   .to = smaller(end - p->key, p->keys)};
-    bool every = kind == 2 || (one_run && all_first <= p->key + sight.from && all_end >= p->key + sight.to);
+    FlashSpan span = flash_span(s, p->b, p->t, p->rows);
+    Sight sight = {.from = larger(span.first - p->key, 0) / KEY_STEP * KEY_STEP,
+                   .to = smaller(span.end - p->key, p->keys)};
+    bool every = kind == 2 ||
+                 (span.one_run && span.all_first <= p->key + sight.from && span.all_end >= p->key + sight.to);
     sight.all = every && !s->bias && s->dropout == 0 && sight.to == p->keys;
     return sight;
-}
-
-/* kept for one row: a lane is a group of four keys, whose factors then go side by side. */
-static void look_up_dropout(float *kept, const Place *p, size_t row, const Sight *sight)
-{
-    enum { STEP = 4 * LANES };
-    const AttentionShape *s = p->s;
-    WordVector row_low = (WordVector){0} + (uint32_t)row,
-               row_high = (WordVector){0} + (uint32_t)((uint64_t)row >> 32);
-    for (int key = sight->from / STEP * STEP; key < sight->to; key += STEP) {
-        WordVector four, word[4];
-        Vector factor[4];
-        for (int i = 0; i < LANES; i++)
-            four[i] = (uint32_t)(p->key + key) / 4 + (uint32_t)i;
-        dropout_word_vectors(word, s->dropout_seed, row_low, row_high, four);
-        for (int j = 0; j < 4; j++)
-            factor[j] = dropout_factors(word[j], dropout_threshold(s->dropout), 1 / (1 - s->dropout));
-        for (int i = 0; i < LANES; i++)
-            for (int j = 0; j < 4; j++)
-                kept[key + 4 * i + j] = factor[j][i];
-    }
 }
 
 /* extra and kept of the keys that are in sight, and of those that share a register tile with the last. */
@@ -264,7 +235,7 @@ static void look_up(Scratch *x, const Place *p, const Sight *sight)
                     extra[i] = extra[i] == 0 ? log2e * bias[i * s->bias_stride[3]] : -INFINITY;
         }
         if (s->dropout > 0)
-            look_up_dropout(kept, p, row, sight);
+            dropout_row(kept, s, row, p->key, sight->from, sight->to);
     }
 }
 

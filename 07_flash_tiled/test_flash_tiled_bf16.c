@@ -80,7 +80,7 @@ Test(bf16, rounds_to_nearest_even)
             Bf16 first = bf16_from_float(a[i]), second = bf16_from_float(b[i]);
             cr_assert(pairs[i] == (first | (Pair)second << 16) || isnan(a[i]), "%a, %a", a[i], b[i]);
             cr_assert(row[i] == (Bf16)pairs[i]);
-            cr_assert(isnan(a[i]) ? isnan(float_from(row[i])) : bf16_from(a[i]) == first);
+            cr_assert(isnan(a[i]) ? isnan(bf16_to_float(row[i])) : bf16_from_float(a[i]) == first);
         }
     }
 }
@@ -94,8 +94,8 @@ Test(bf16, adds_products_of_pairs_in_float)
         PairVector x = pairs_from(a, random_vector(&state)), y = pairs_from(random_vector(&state), a);
         Vector got = add_pair_products(sum, x[1], y);
         for (int i = 0; i < LANES; i++) {
-            double first = (double)float_from((Bf16)x[1]) * float_from((Bf16)y[i]),
-                   second = (double)float_from((Bf16)(x[1] >> 16)) * float_from((Bf16)(y[i] >> 16));
+            double first = (double)bf16_to_float((Bf16)x[1]) * bf16_to_float((Bf16)y[i]),
+                   second = (double)bf16_to_float((Bf16)(x[1] >> 16)) * bf16_to_float((Bf16)(y[i] >> 16));
             double size = fabs((double)sum[i]) + fabs(first) + fabs(second);
             double error = fabs(got[i] - ((double)sum[i] + first + second));
             cr_assert(error <= 0x1p-23 * size + 0x1p-120, "off by %g of %g", error, size);
@@ -146,7 +146,7 @@ Test(bf16, tensors_are_16_bits_and_counted)
     cr_assert(open_words(&run, "--heads 3 --tokens 70 --head-size 40").exit_code == 0);
     const Bf16 *k = (const Bf16 *)run.on_device.k;
     for (size_t i = 0; i < key_count(&run.problem.shape); i++)
-        cr_assert(float_from(k[i]) == run.t.k[i]);
+        cr_assert(bf16_to_float(k[i]) == run.t.k[i]);
     size_t floats = 0;
     for (int i = 0; i < MAX_BUFFERS; i++)
         floats += run.workspace_size[i] + run.backward_workspace_size[i];

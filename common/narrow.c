@@ -1,7 +1,5 @@
 #include "narrow.h"
 
-#include <string.h>
-
 /* float32: sign, 8 bits of exponent (bias 127), 23 of fraction. */
 enum {
     FLOAT_INFINITY = 0x7f800000,
@@ -52,17 +50,4 @@ float half_to_float(uint16_t bits)
         return sign ? -size : size;
     }
     return float_of(sign | (exponent + 127 - 15) << 23 | fraction << 13);
-}
-
-uint16_t bf16_from_float(float x)
-{
-    uint32_t bits = bits_of(x);
-    if ((bits & 0x7fffffff) > FLOAT_INFINITY)
-        return (uint16_t)(bits >> 16 | 0x40);
-    return (uint16_t)drop_bits(bits, 16);
-}
-
-float bf16_to_float(uint16_t bits)
-{
-    return float_of((uint32_t)bits << 16);
 }

@@ -9,6 +9,7 @@
 #define COMMON_NARROW_H
 
 #include <stdint.h>
+#include <string.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -17,11 +18,26 @@ extern "C" {
 uint16_t half_from_float(float x);
 float half_to_float(uint16_t bits);
 
-uint16_t bf16_from_float(float x);
-float bf16_to_float(uint16_t bits);
-
 #ifdef __cplusplus
 }
 #endif
+
+/* Inline: kernels call them for each number. */
+static inline uint16_t bf16_from_float(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if ((bits & 0x7fffffff) > 0x7f800000)
+        return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+static inline float bf16_to_float(uint16_t narrow)
+{
+    uint32_t bits = (uint32_t)narrow << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
 
 #endif
