@@ -28,6 +28,15 @@ INLINE Vector add_pair_products(Vector sum, Pair a, PairVector b)
 #endif
 }
 
+#ifndef __AVX512BF16__
+/* Rounded in the upper half; the lower is what it may be. A NaN of any bits stays one: no carry runs out of it. */
+INLINE PairVector rounded(Vector x)
+{
+    PairVector bits = (PairVector)x, up = bits + (0x7fff + (bits >> 16 & 1));
+    return (PairVector)vector_select(x == x, (Vector)up, (Vector)(bits | 0x400000));
+}
+#endif
+
 /* Pairs of float32 rounded to bf16, to nearest, ties to even. NaN stays NaN. */
 INLINE PairVector pairs_from(Vector first, Vector second)
 {
@@ -37,10 +46,7 @@ INLINE PairVector pairs_from(Vector first, Vector second)
     __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
     return (PairVector)_mm512_permutexvar_epi16(_mm512_loadu_si512(zip), both);
 #else
-    PairVector a = (PairVector)first, b = (PairVector)second;
-    a += 0x7fff + (a >> 16 & 1);
-    b += 0x7fff + (b >> 16 & 1);
-    return a >> 16 | (b & upper_half);
+    return rounded(first) >> 16 | (rounded(second) & upper_half);
 #endif
 }
 

@@ -226,3 +226,16 @@ Test(bf16, refuses_a_bias_in_its_backward)
     Refusal refusal = open_words(&run, "--heads 1 --tokens 9 --head-size 8 --bias randn");
     cr_expect(refusal.exit_code == 2 && strstr(refusal.reason, "--bias"), "%s", refusal.reason);
 }
+
+Test(flash_tiled_bf16, a_nan_of_any_bits_stays_one)
+{
+    static const uint32_t patterns[] = {0x7fffffff, 0xffffffff, 0x7f800001, 0x7fc00000};
+    for (int i = 0; i < 4; i++) {
+        Vector nan = (Vector)((PairVector){0} + patterns[i]);
+        PairVector pairs = pairs_from(nan, nan);
+        for (int lane = 0; lane < LANES; lane++) {
+            cr_expect(isnan(bf16_to_float((uint16_t)pairs[lane])), "%x", patterns[i]);
+            cr_expect(isnan(bf16_to_float((uint16_t)(pairs[lane] >> 16))), "%x", patterns[i]);
+        }
+    }
+}
