@@ -20,9 +20,11 @@ enum {
     ROWS = 96,                  /* queries and */
     KEYS = 192,                 /* keys of a tile */
     KEY_STEP = VECTORS * LANES, /* keys of one register tile of S */
-    WIDE = 2 * LANES,           /* numbers of a head in one register tile of dQ, dK, dV */
-    SHARES = 32,                /* with fewer heads (B * NH), their keys are shared out */
-    MOST_LISTS = 64,            /* how many lists of work there are at most */
+    KEY_UNIT =
+        KEY_STEP % TILE ? 2 * KEY_STEP : KEY_STEP, /* whole register tiles of S, whole ones of dK and dV */
+    WIDE = 2 * LANES,                              /* numbers of a head in one register tile of dQ, dK, dV */
+    SHARES = 32,                                   /* with fewer heads (B * NH), their keys are shared out */
+    MOST_LISTS = 64,                               /* how many lists of work there are at most */
 };
 
 static int smaller(int a, int b)
@@ -161,7 +163,7 @@ static void read_queries(const Scratch *x, const Place *p)
 
 /* Which keys of its block a block of queries sees. */
 typedef struct {
-    int from, to; /* no key outside; from is a multiple of KEY_STEP. from >= to: nothing */
+    int from, to; /* no key outside; from is a multiple of KEY_UNIT. from >= to: nothing */
     bool all;     /* every query sees every key of its block, and nothing is dropped */
 } Sight;
 
@@ -169,7 +171,7 @@ static Sight look_ahead(const Place *p)
 {
     const AttentionShape *s = p->s;
     FlashSpan span = flash_span(s, p->b, p->t, p->rows);
-    Sight sight = {.from = larger(span.first - p->key, 0) / KEY_STEP * KEY_STEP,
+    Sight sight = {.from = larger(span.first - p->key, 0) / KEY_UNIT * KEY_UNIT,
                    .to = smaller(span.end - p->key, p->keys)};
     bool every = span.one_run && span.all_first <= p->key + sight.from && span.all_end >= p->key + sight.to;
     sight.all = every && s->dropout == 0 && sight.to == p->keys && sight.to % 2 == 0;
@@ -184,7 +186,7 @@ static void look_up(const Scratch *x, const Place *p, const Sight *sight)
         float *extra = x->extra + r * KEYS, *kept = x->kept + r * KEYS;
         int first = 0, end = 0, t = p->t + r;
         bool one_run = r >= p->rows || flash_bounds(s, p->b, t, &first, &end);
-        for (int i = sight->from; i < round_up(sight->to, KEY_STEP); i++) {
+        for (int i = sight->from; i < round_up(sight->to, KEY_UNIT); i++) {
             bool sees = (first <= p->key + i) & (p->key + i < end) & (i < sight->to);
             extra[i] = sees ? 0 : -INFINITY;
             kept[i] = 1;
@@ -283,7 +285,7 @@ static void meet(const Scratch *x, const Place *p, float *dq)
     int rows = round_up(p->rows, TILE), width = x->width, keys = sight.to - sight.from;
     if (!sight.all)
         look_up(x, p, &sight);
-    for (int key = sight.from; key < sight.to; key += KEY_STEP)
+    for (int key = sight.from; key < round_up(sight.to, KEY_UNIT); key += KEY_STEP)
         for (int r = 0; r < rows; r += TILE)
             if (sight.all)
                 weigh(x, p, r, key, true);

@@ -24,7 +24,9 @@ enum {
     ROWS = FLASH_BACK_ROWS,
     KEYS = FLASH_BACK_KEYS,
     KEY_STEP = VECTORS * LANES, /* keys of one register tile of S */
-    PAIR = 2 * LANES,           /* numbers of a head in one register tile of dQ, dK, dV */
+    KEY_UNIT =
+        KEY_STEP % TILE ? 2 * KEY_STEP : KEY_STEP, /* whole register tiles of S, whole ones of dK and dV */
+    PAIR = 2 * LANES,                              /* numbers of a head in one register tile of dQ, dK, dV */
 };
 
 static int smaller(int a, int b)
@@ -186,7 +188,7 @@ static void read_queries(Scratch *x, const Place *p)
 
 /* Which keys of its block a block of queries sees. */
 typedef struct {
-    int from, to; /* no key outside; from is a multiple of KEY_STEP. from >= to: nothing */
+    int from, to; /* no key outside; from is a multiple of KEY_UNIT. from >= to: nothing */
     bool all;     /* every query sees every key of its block, and nothing is added or dropped */
 } Sight;
 
@@ -198,7 +200,7 @@ static Sight look_ahead(const Place *p)
     if (kind == 0)
         return (Sight){0};
     FlashSpan span = flash_span(s, p->b, p->t, p->rows);
-    Sight sight = {.from = larger(span.first - p->key, 0) / KEY_STEP * KEY_STEP,
+    Sight sight = {.from = larger(span.first - p->key, 0) / KEY_UNIT * KEY_UNIT,
                    .to = smaller(span.end - p->key, p->keys)};
     bool every = kind == 2 ||
                  (span.one_run && span.all_first <= p->key + sight.from && span.all_end >= p->key + sight.to);
@@ -206,11 +208,17 @@ static Sight look_ahead(const Place *p)
     return sight;
 }
 
+/* One past the last key that a register tile of dK and dV reads. */
+static int tiles_end(const Sight *sight)
+{
+    return (sight->to + TILE - 1) / TILE * TILE;
+}
+
 /* extra and kept of the keys that are in sight, and of those that share a register tile with the last. */
 static void look_up(Scratch *x, const Place *p, const Sight *sight)
 {
     const AttentionShape *s = p->s;
-    int to = (sight->to + TILE - 1) / TILE * TILE;
+    int to = tiles_end(sight);
     for (int r = 0; r < p->rows; r++) {
         float *extra = x->extra + r * KEYS, *kept = x->kept + r * KEYS;
         int first, end, t = p->t + r;
@@ -244,7 +252,7 @@ static void look_up(Scratch *x, const Place *p, const Sight *sight)
 INLINE void multiply_scores(Scratch *x, const Place *p, const Sight *sight, bool all)
 {
     int HS = p->s->head_size;
-    for (int key = sight->from; key < sight->to; key += KEY_STEP)
+    for (int key = sight->from; key < tiles_end(sight); key += KEY_STEP)
         for (int r = 0; r < p->rows; r += TILE) {
             Vector c[TILE][VECTORS];
             const float *a[TILE];
@@ -277,7 +285,7 @@ INLINE void multiply_scores(Scratch *x, const Place *p, const Sight *sight, bool
 INLINE void weigh(Scratch *x, const Place *p, const Sight *sight, bool all)
 {
     for (int r = 0; r < (p->rows + TILE - 1) / TILE * TILE; r++)
-        for (int key = sight->from; key < sight->to; key += LANES) {
+        for (int key = sight->from; key < tiles_end(sight); key += LANES) {
             size_t at = (size_t)r * KEYS + key;
             Vector *weight = (Vector *)(x->weights + at), *d_score = (Vector *)(x->d_scores + at);
             if (all) {
