@@ -60,7 +60,7 @@ COMMON_LIBRARY := $(BUILD)/common/libcommon.a
 objects = $(patsubst %.c,$(BUILD)/%.o,$(1))
 
 # Chapters 8 and 9 call chapter 7's fast tile steps.
-BORROWS_08_gqa          := $(wildcard 07_flash_tiled/flash_*simd*.c 07_flash_tiled/flash_pairs.c 07_flash_tiled/flash_view.c)
+BORROWS_08_gqa          := $(wildcard 07_flash_tiled/flash_*simd*.c 07_flash_tiled/flash_pairs.c 07_flash_tiled/flash_view*.c 07_flash_tiled/flash_bias_backward.c)
 BORROWS_09_block_sparse := $(BORROWS_08_gqa)
 
 $(BUILD)/%.o: %.c $(BUILD)/config.mk

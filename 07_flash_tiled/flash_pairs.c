@@ -1,6 +1,6 @@
 /* What the fast tiles are told of single pairs of a query and a key: mask, lengths, bias, dropout. Most tiles of
  * most problems never ask. The contracts are in flash_tiled_simd.h. */
-#include "flash_tiled_simd.h"
+#include "flash_tiled_simd_backward.h"
 
 #include <math.h>
 
@@ -45,15 +45,9 @@ bool flash_bounds(const AttentionShape *s, int b, int t, int *first, int *end)
 
 FlashSpan flash_span(const AttentionShape *s, int b, int t, int rows)
 {
-    FlashSpan span = {.first = s->key_tokens, .all_end = s->key_tokens, .one_run = true};
-    for (int r = 0; r < rows; r++) {
-        int first, end;
-        span.one_run = flash_bounds(s, b, t + r, &first, &end);
-        span.first = smaller(span.first, first);
-        span.end = larger(span.end, end);
-        span.all_first = larger(span.all_first, first);
-        span.all_end = smaller(span.all_end, end);
-    }
+    FlashSpan span;
+    flash_bounds(s, b, t, &span.first, &span.all_end);
+    span.one_run = flash_bounds(s, b, t + rows - 1, &span.all_first, &span.end);
     return span;
 }
 
@@ -124,4 +118,33 @@ void flash_drop_out(const FlashBlock *block, float *p, int key, int keys, int fr
                     dropout_factors(word[i], threshold, 1 / (1 - s->dropout));
         }
     }
+}
+
+void flash_ask_row(const FlashBackBlock *x, int r)
+{
+    const AttentionShape *s = x->s;
+    const FlashSight *sight = &x->sight[r / TILE];
+    float *extra = x->extra + r * FLASH_BACK_KEYS, *kept = x->kept + r * FLASH_BACK_KEYS;
+    int first = 0, end = 0, t = x->t + r, to = sight->to;
+    bool is = r < x->rows, one_run = !is || flash_bounds(s, x->b, t, &first, &end);
+    for (int i = sight->from; i < to || i % TILE || i % LANES; i++) {
+        bool sees = (first <= x->key + i) & (x->key + i < end) & (i < to);
+        extra[i] = sees ? 0 : -INFINITY;
+        kept[i] = 1;
+    }
+    for (int i = sight->from; !one_run && i < to; i++)
+        if (!attends(s, x->b, x->h, t, x->key + i))
+            extra[i] = -INFINITY;
+    if (is && s->bias) {
+        size_t step = s->bias_stride[3];
+        const float *bias = bias_row(s, x->b, x->h, t) + x->key * step;
+        if (step == 1) /* the same, for the compiler to turn into vectors */
+            for (int i = sight->from; i < to; i++)
+                extra[i] = extra[i] == 0 ? log2e * bias[i] : -INFINITY;
+        else
+            for (int i = sight->from; i < to; i++)
+                extra[i] = extra[i] == 0 ? log2e * bias[i * step] : -INFINITY;
+    }
+    if (is && s->dropout > 0)
+        dropout_row(kept, s, lse_index(s, x->b, x->h, t), x->key, sight->from, to);
 }

@@ -11,9 +11,9 @@
 #include "flash_tiled_simd.h"
 
 enum {
-    FLASH_BACK_ROWS = 48,               /* queries and */
+    FLASH_BACK_ROWS = 96,               /* queries and */
     FLASH_BACK_KEYS = 4 * VECTORS * 16, /* keys of a tile: 192 */
-    FLASH_BACK_SHARES = 32,             /* with fewer key/value heads (B * NKV), their keys are shared out */
+    FLASH_BACK_SHARES = 16,             /* with fewer key/value heads (B * NKV), their keys are shared out */
     FLASH_BACK_LISTS = 64,              /* how many lists of work there are at most */
 };
 
@@ -37,6 +37,82 @@ typedef struct {
 
 /* Contiguous tensors: q, k, v, out and lse as flash_view() takes them; nothing known of the mask. */
 FlashBackward flash_backward(const AttentionBackward *g, const AttentionShape *s);
+
+/* A block of up to FLASH_BACK_KEYS keys of one key/value head, which the queries walk past. Its life:
+ *
+ *     FlashBackBlock x = {.g = .., .s = .., .deltas = .., .b = .., .kv_head = ..};
+ *     flash_back_begin(&x, scratch, number);
+ *     for each head h that reads kv_head:
+ *         for (int t = 0; flash_back_next(&x, t); t = x.t + FLASH_BACK_ROWS)
+ *             if (flash_back_weigh(&x))
+ *                 flash_back_add(&x);
+ *     flash_back_finish(&x); */
+typedef struct {
+    int from, to; /* the keys that TILE queries see lie in from .. to - 1, counted from the block's first */
+    bool all;     /* each of them sees every one of these, and nothing is added or dropped */
+} FlashSight;
+typedef struct {
+    int from, to; /* the block's queries that see any of TILE keys; multiples of TILE, equal: none */
+} FlashSeen;
+typedef struct {
+    /* Filled in by the caller. */
+    const FlashBackward *g;
+    const AttentionShape *s;
+    const float *deltas; /* (B,NH,T) */
+    int b, kv_head;
+    int h;     /* the queries' head; */
+    float *dq; /* the gradient of query t + r goes to dq + r * dq_token */
+    size_t dq_token;
+
+    int key, keys; /* the keys key .. key + keys - 1 meet */
+    int t, rows;   /* the queries t .. t + rows - 1 */
+
+    /* Kept between the steps, in scratch. width is HS rounded up; what lies beyond a row's HS numbers, the last query or
+     * the last key, is zero. ROWS is FLASH_BACK_ROWS, KEYS is FLASH_BACK_KEYS. */
+    int width;
+    float *k_columns, *v_columns; /* (width,KEYS): K^T, V^T */
+    float *k_rows;                /* (KEYS,width): K times scale */
+    float *dk, *dv;               /* (KEYS,width): sums so far, dk times log2 e */
+    float *q, *dout;              /* (ROWS,width): Q times scale and log2 e, dO */
+    float *weights;               /* (ROWS,KEYS): D */
+    float *d_scores;              /* (ROWS,KEYS): dS */
+    float *extra;                 /* (ROWS,KEYS): the bias times log2 e, or -inf where a query may not look */
+    float *kept;                  /* (ROWS,KEYS): dropout's factor, 0 or 1 / (1 - p) */
+    float *lse, *delta;           /* (ROWS): lse times log2 e, +inf for a row that saw nothing */
+    FlashSight sight[FLASH_BACK_ROWS / TILE];
+    FlashSeen seen[FLASH_BACK_KEYS / TILE];
+} FlashBackBlock;
+
+/* How many floats of scratch a block needs; it must be 64-byte aligned, what is in it does not matter. */
+size_t flash_back_block_floats(int head_size);
+
+int flash_back_key_blocks(const AttentionShape *s);
+
+/* Reads the keys and values of block number `number` of that many; dk = dv = 0. */
+void flash_back_begin(FlashBackBlock *x, float *scratch, int number);
+
+/* The first queries at or after t that these keys have to meet; false if there are none. */
+bool flash_back_next(FlashBackBlock *x, int t);
+
+/* D and dS of these queries and keys, where the first see the second; false if none sees any. */
+bool flash_back_weigh(FlashBackBlock *x);
+
+/* Adds to dk, dv and dq what follows from D and dS. */
+void flash_back_add(const FlashBackBlock *x);
+
+/* Writes out dk and dv. */
+void flash_back_finish(const FlashBackBlock *x);
+
+/* extra and kept of the block's row r, for the keys in its sight and those up to the next multiple of LANES and of
+ * TILE (flash_pairs.c). */
+void flash_ask_row(const FlashBackBlock *x, int r);
+
+/* The gradient of a bias, flash_bias_count(s) numbers (flash_bias_backward.c). The first adds the dS of these queries and
+ * keys to it. The second does job number `job` of flash_bias_jobs(s), which share no number of the bias. */
+void flash_back_add_bias(const FlashBackBlock *x);
+void flash_bias_gradient(FlashBackBlock x, float *scratch, size_t job);
+size_t flash_bias_jobs(const AttentionShape *s);
+size_t flash_bias_count(const AttentionShape *s);
 
 /*   delta     (B,NH,T)                      written: rowsum(dout * out)
  *   partial   flash_backward_partials(s)    what tasks that share a head add to dq: some times (B,NH,T,HS)

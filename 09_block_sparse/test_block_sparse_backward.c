@@ -263,7 +263,7 @@ Test(gradients, need_no_matrix)
         cr_expect(floats[0] == rows + 2 * rows * rows && floats[1] == (size_t)8 * tokens);
         cr_expect(kernel_named(&chapter, "simd")->backward_workspace(&s, floats) == 4);
         cr_expect(floats[0] == rows + 2 * rows * rows && floats[1] == (size_t)8 * tokens);
-        cr_expect(floats[3] == 3 * query_count(&s) && floats[2] == flash_backward_scratch(&s));
+        cr_expect(floats[3] == query_count(&s) && floats[2] == flash_backward_scratch(&s));
         cr_expect(kernel_named(&chapter, "dense-mask")->backward_workspace(&s, floats) == 1 &&
                   floats[0] == (size_t)8 * tokens * tokens);
     }

@@ -90,13 +90,13 @@ INLINE Vector exp2_vector(Vector x)
     return p * (Vector)two_to_n;
 }
 
-/* The first n numbers from an address that needs no alignment, then zeros; to such an address. */
+/* The first n numbers from an address that needs no alignment, then zeros; to such an address. n <= 0: none. */
 INLINE Vector load_first(const float *from, int n)
 {
     Vector v = {0};
     if (n >= LANES)
         memcpy(&v, from, sizeof v);
-    else
+    else if (n > 0)
         memcpy(&v, from, (size_t)n * sizeof(float));
     return v;
 }
@@ -104,7 +104,7 @@ INLINE void store_first(float *to, Vector v, int n)
 {
     if (n >= LANES)
         memcpy(to, &v, sizeof v);
-    else
+    else if (n > 0)
         memcpy(to, &v, (size_t)n * sizeof(float));
 }
 

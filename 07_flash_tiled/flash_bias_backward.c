@@ -1,0 +1,85 @@
+/* The gradient of a bias: dS, summed up over the pairs that each number of the bias was given to. Mostly it is found along
+ * the way (flash_back_add_bias). A bias whose numbers several tasks share takes a pass of its own, in which dS is made
+ * once more and each number belongs to one task. */
+#include "flash_tiled_simd_backward.h"
+
+void flash_back_add_bias(const FlashBackBlock *x)
+{
+    enum { KEYS = FLASH_BACK_KEYS };
+    const size_t *stride = x->s->bias_stride;
+    float *dbias = x->g->dbias + x->b * stride[0] + x->h * stride[1] + x->t * stride[2] + x->key * stride[3];
+    float one_row[KEYS] = {
+        0}; /* a sum over queries is made in the tile first: a sum of sums loses less to rounding */
+    for (int r = 0; r < x->rows; r++) {
+        const FlashSight *sight = &x->sight[r / TILE];
+        const float *d_scores = x->d_scores + r * KEYS;
+        float *row = dbias + r * stride[2], sum = 0;
+        for (int i = sight->from; i < sight->to; i++)
+            if (!stride[2])
+                one_row[i] += d_scores[i];
+            else if (stride[3])
+                row[i * stride[3]] += d_scores[i];
+            else
+                sum += d_scores[i];
+        if (stride[2] && !stride[3])
+            row[0] += sum;
+    }
+    float sum = 0;
+    for (int i = 0; !stride[2] && i < x->keys; i++)
+        if (stride[3])
+            dbias[i * stride[3]] += one_row[i];
+        else
+            sum += one_row[i];
+    if (!stride[2] && !stride[3])
+        dbias[0] += sum;
+}
+
+/* Along each axis the bias holds `own` numbers, each shared by `shared` pairs. A task is one (b, h) of the
+ * bias and, if it tells keys apart, one block of keys. */
+typedef struct {
+    int own[4], shared[4];
+    int blocks; /* of keys to a task's (b, h) */
+} BiasTasks;
+
+static BiasTasks bias_tasks(const AttentionShape *s)
+{
+    const int size[4] = {s->batch, s->heads, s->tokens, s->key_tokens};
+    BiasTasks tasks;
+    for (int i = 0; i < 4; i++) {
+        tasks.own[i] = s->bias_stride[i] ? size[i] : 1;
+        tasks.shared[i] = s->bias_stride[i] ? 1 : size[i];
+    }
+    tasks.blocks = s->bias_stride[3] ? flash_back_key_blocks(s) : 1;
+    return tasks;
+}
+
+size_t flash_bias_jobs(const AttentionShape *s)
+{
+    BiasTasks tasks = bias_tasks(s);
+    return (size_t)tasks.own[0] * tasks.own[1] * tasks.blocks;
+}
+
+size_t flash_bias_count(const AttentionShape *s)
+{
+    BiasTasks tasks = bias_tasks(s);
+    return (size_t)tasks.own[0] * tasks.own[1] * tasks.own[2] * tasks.own[3];
+}
+
+void flash_bias_gradient(FlashBackBlock x, float *scratch, size_t job)
+{
+    const AttentionShape *s = x.s;
+    BiasTasks tasks = bias_tasks(s);
+    int b0 = (int)(job / tasks.blocks / tasks.own[1]), h0 = (int)(job / tasks.blocks % tasks.own[1]);
+    int first = s->bias_stride[3] ? (int)(job % tasks.blocks) : 0,
+        end = s->bias_stride[3] ? first + 1 : flash_back_key_blocks(s);
+
+    for (x.b = b0; x.b < b0 + tasks.shared[0]; x.b++)
+        for (x.h = h0; x.h < h0 + tasks.shared[1]; x.h++)
+            for (int block = first; block < end; block++) {
+                x.kv_head = x.h / (s->heads / s->kv_heads);
+                flash_back_begin(&x, scratch, block);
+                for (int t = 0; flash_back_next(&x, t); t = x.t + FLASH_BACK_ROWS)
+                    if (flash_back_weigh(&x))
+                        flash_back_add_bias(&x);
+            }
+}

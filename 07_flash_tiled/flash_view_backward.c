@@ -1,0 +1,187 @@
+/* All tasks of a backward pass: which keys and queries meet in which, and where their sums go. The contracts are in
+ * flash_tiled_simd_backward.h. */
+#include "flash_tiled_simd_backward.h"
+
+static int smaller(int a, int b)
+{
+    return a < b ? a : b;
+}
+
+int flash_back_key_blocks(const AttentionShape *s)
+{
+    return (s->key_tokens + FLASH_BACK_KEYS - 1) / FLASH_BACK_KEYS;
+}
+
+bool flash_back_next(FlashBackBlock *x, int t)
+{
+    const FlashKnown *known = &x->g->known;
+    if (x->keys && t < x->s->tokens && known->next_query)
+        t = known->next_query(known->lists, x->s, x->b, x->h, t, x->key, x->key + x->keys);
+    x->t = t;
+    x->rows = smaller(FLASH_BACK_ROWS, x->s->tokens - t);
+    return x->keys && x->rows > 0;
+}
+
+/* How many batch entries one task takes: all of them where they share the numbers of a bias, so that its gradient is summed
+ * up in one place; but not where too few tasks would be left. */
+static int entries_of_a_task(const AttentionShape *s)
+{
+    bool shared = s->bias && s->bias_stride[0] == 0 && (s->bias_stride[1] || s->kv_heads == 1);
+    return shared && s->kv_heads * flash_back_key_blocks(s) >= FLASH_BACK_SHARES / 4 ? s->batch : 1;
+}
+
+/* Where key/value heads are few, several tasks share one: each has some blocks of keys, and a dq of its own.
+ * How many follows from the shape alone, and so do the bits. */
+static int chunks(const AttentionShape *s)
+{
+    int heads = s->batch / entries_of_a_task(s) * s->kv_heads;
+    int wanted = FLASH_BACK_SHARES / smaller(FLASH_BACK_SHARES, heads);
+    return smaller(wanted, flash_back_key_blocks(s));
+}
+
+/* Does each number of the bias belong to one task? Then its gradient is summed up along the way. */
+static bool bias_is_own(const AttentionShape *s)
+{
+    const size_t *stride = s->bias_stride;
+    return s->bias && (stride[0] || entries_of_a_task(s) == s->batch) && (stride[1] || s->kv_heads == 1) &&
+           (stride[3] || chunks(s) == 1);
+}
+
+/* Chunk number `chunk` of the keys of one key/value head, and all queries that read it. The first chunk adds up dq where the
+ * caller wants it, the others in `partial`. */
+static void chunk_gradient(FlashBackBlock x, float *partial, float *scratch, int chunk)
+{
+    const AttentionShape *s = x.s;
+    const FlashView *view = &x.g->view;
+    int n = chunks(s), blocks = flash_back_key_blocks(s), group = s->heads / s->kv_heads;
+    int first_head = x.kv_head * group;
+    float *dq = x.g->dq + x.b * view->q_batch;
+    size_t head = view->q_head;
+    x.dq_token = view->q_token;
+    if (chunk > 0) {
+        dq = partial + (chunk - 1) * query_count(s) + query_row(s, x.b, 0, 0);
+        head = query_row(s, 0, 1, 0);
+        x.dq_token = s->head_size;
+    }
+    for (int h = first_head; h < first_head + group; h++)
+        for (int t = 0; t < s->tokens; t++)
+            memset(dq + h * head + t * x.dq_token, 0, s->head_size * sizeof *dq);
+
+    for (int block = chunk * blocks / n; block < (chunk + 1) * blocks / n; block++) {
+        flash_back_begin(&x, scratch, block);
+        for (x.h = first_head; x.h < first_head + group; x.h++)
+            for (int t = 0; flash_back_next(&x, t); t = x.t + FLASH_BACK_ROWS) {
+                x.dq = dq + x.h * head + x.t * x.dq_token;
+                if (!flash_back_weigh(&x))
+                    continue;
+                flash_back_add(&x);
+                if (bias_is_own(s))
+                    flash_back_add_bias(&x);
+            }
+        flash_back_finish(&x);
+    }
+}
+
+/* A task: one chunk of one key/value head, in one batch entry or in all. */
+static void task_gradient(FlashBackBlock x, float *partial, float *scratch, size_t job)
+{
+    const AttentionShape *s = x.s;
+    int n = chunks(s), entries = entries_of_a_task(s), head = (int)(job / n);
+    int first = head / s->kv_heads * entries;
+    x.kv_head = head % s->kv_heads;
+    for (x.b = first; x.b < first + entries; x.b++)
+        chunk_gradient(x, partial, scratch, (int)(job % n));
+}
+
+/* dq += the partial sums of the other chunks, in their order. */
+static void add_partials(const FlashBackward *g, const float *partial, const AttentionShape *s)
+{
+    const FlashView *view = &g->view;
+#pragma omp parallel for
+    for (size_t row = 0; row < lse_count(s); row++) {
+        size_t bh = row / s->tokens;
+        float *dq = g->dq + bh / s->heads * view->q_batch + bh % s->heads * view->q_head +
+                    row % s->tokens * view->q_token;
+        for (int chunk = 1; chunk < chunks(s); chunk++)
+            for (int d = 0; d < s->head_size; d++)
+                dq[d] += partial[(chunk - 1) * query_count(s) + row * s->head_size + d];
+    }
+}
+
+static void row_deltas(float *delta, const FlashBackward *g, const AttentionShape *s)
+{
+    const FlashView *view = &g->view;
+#pragma omp parallel for
+    for (size_t row = 0; row < lse_count(s); row++) {
+        size_t bh = row / s->tokens, at = bh / s->heads * view->out_batch + bh % s->heads * view->out_head +
+                                          row % s->tokens * view->out_token;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int d = 0; d < s->head_size; d++)
+            sum += g->dout[at + d] * view->out[at + d];
+        delta[row] = sum;
+    }
+}
+
+static size_t jobs(const AttentionShape *s)
+{
+    return (size_t)(s->batch / entries_of_a_task(s)) * s->kv_heads * chunks(s);
+}
+
+static size_t bias_jobs(const AttentionShape *s)
+{
+    return s->bias && !bias_is_own(s) ? flash_bias_jobs(s) : 0;
+}
+
+/* Lists that the jobs are cut into, each with scratch of its own. */
+static size_t lists(const AttentionShape *s)
+{
+    size_t most = jobs(s) > bias_jobs(s) ? jobs(s) : bias_jobs(s);
+    return most < FLASH_BACK_LISTS ? most : FLASH_BACK_LISTS;
+}
+
+size_t flash_backward_partials(const AttentionShape *s)
+{
+    return (chunks(s) - 1) * query_count(s);
+}
+
+size_t flash_backward_scratch(const AttentionShape *s)
+{
+    return lists(s) * flash_back_block_floats(s->head_size);
+}
+
+void flash_attention_backward(const FlashBackward *g, float *delta, float *partial, float *scratch,
+                              const AttentionShape *s)
+{
+    size_t n = lists(s), floats = flash_back_block_floats(s->head_size);
+    const FlashBackBlock x = {.g = g, .s = s, .deltas = delta, .dq = g->dq};
+    row_deltas(delta, g, s);
+    if (s->bias)
+        memset(g->dbias, 0, flash_bias_count(s) * sizeof *g->dbias);
+#pragma omp parallel for schedule(dynamic)
+    for (size_t i = 0; i < n; i++)
+        for (size_t job = jobs(s) * i / n; job < jobs(s) * (i + 1) / n; job++)
+            task_gradient(x, partial, scratch + i * floats, job);
+    add_partials(g, partial, s);
+#pragma omp parallel for schedule(dynamic)
+    for (size_t i = 0; i < n; i++)
+        for (size_t job = bias_jobs(s) * i / n; job < bias_jobs(s) * (i + 1) / n; job++)
+            flash_bias_gradient(x, scratch + i * floats, job);
+}
+
+FlashBackward flash_backward(const AttentionBackward *a, const AttentionShape *s)
+{
+    return (FlashBackward){.view = flash_view(a->q, a->k, a->v, (float *)a->out, (float *)a->lse, s),
+                           .dout = a->dout,
+                           .dq = a->dq,
+                           .dk = a->dk,
+                           .dv = a->dv,
+                           .dbias = a->dbias};
+}
+
+void attention_simd_backward(const AttentionBackward *a, float *delta, float *partial, float *scratch,
+                             const AttentionShape *s)
+{
+    FlashBackward g = flash_backward(a, s);
+    flash_attention_backward(&g, delta, partial, scratch, s);
+}
