@@ -266,40 +266,34 @@ static void add_key_gradient(const FlashBackBlock *x, float *sum, const float *l
         }
 }
 
-/* dq += dS K, in TILE rows by PAIR numbers; whole: they all exist. */
-INLINE void add_query_tile(const FlashBackBlock *x, int r, int d, bool whole)
+/* dq += dS K: the first `rows` of TILE rows, the first n of PAIR numbers. */
+INLINE void add_query_tile(const FlashBackBlock *x, int r, int d, int rows, int n)
 {
     const FlashSight *sight = &x->sight[r / TILE];
-    float *dq = x->dq + r * x->dq_token + d;
+    size_t width = x->width, token = x->dq_token;
+    float *dq = x->dq + r * token + d;
     Vector c[TILE][VECTORS];
     const float *a[TILE];
     for (int i = 0; i < TILE; i++)
         a[i] = x->d_scores + (r + i) * KEYS + sight->from;
     EACH_VECTOR(i, j, 2)
-        c[i][j] =
-            load_first(dq + i * x->dq_token + j * LANES, whole             ? LANES
-                                                         : r + i < x->rows ? x->s->head_size - d - j * LANES
-                                                                           : 0);
-    multiply_add(c, 2, a, 1, x->k_rows + (size_t)sight->from * x->width + d, x->width,
-                 sight->to - sight->from);
+        c[i][j] = load_first(dq + i * token + j * LANES, i < rows ? n - j * LANES : 0);
+    multiply_add(c, 2, a, 1, x->k_rows + sight->from * width + d, width, sight->to - sight->from);
     EACH_VECTOR(i, j, 2)
-        store_first(dq + i * x->dq_token + j * LANES, c[i][j],
-                    whole             ? LANES
-                    : r + i < x->rows ? x->s->head_size - d - j * LANES
-                                      : 0);
+        store_first(dq + i * token + j * LANES, c[i][j], i < rows ? n - j * LANES : 0);
 }
 
 static void add_query_gradient(const FlashBackBlock *x)
 {
     for (int d = 0; d < x->width; d += PAIR)
         for (int r = 0; r < x->rows; r += TILE) {
-            const FlashSight *sight = &x->sight[r / TILE];
-            if (sight->from >= sight->to)
+            int rows = x->rows - r, n = x->s->head_size - d;
+            if (x->sight[r / TILE].from >= x->sight[r / TILE].to)
                 continue;
-            if (d + PAIR <= x->s->head_size && r + TILE <= x->rows)
-                add_query_tile(x, r, d, true);
+            if (rows >= TILE && n >= PAIR) /* constants: nothing to ask for each row */
+                add_query_tile(x, r, d, TILE, PAIR);
             else
-                add_query_tile(x, r, d, false);
+                add_query_tile(x, r, d, rows, n);
         }
 }
 
