@@ -19,6 +19,7 @@ trick registers 'How many vectors there are is a variable: the sums lie in memor
     'Where it is a constant, each sum is a register'
 edit flash_tiled_simd.c 'switch (2 * vectors + ask) {' 'attend_tile(block, key, keys, ask, from, vectors);
     switch (0) {'
+edit vectors.h 'UNROLL for (int j = 0; j < VECTORS; j++) if (j < (vectors))' 'for (int j = 0; j < (vectors); j++)'
 
 trick sums '2 x 3 sums at a time' \
     'With 8 x 3 no multiply-add waits for the one before it, and a vector that is loaded is used 8 times'
@@ -29,10 +30,6 @@ edit vectors.h 'VECTORS = 3,' '
 trick vectors '8 x 1 sums, and blocks of 16 queries' \
     'A number of a key or value that is broadcast is used 3 times'
 edit vectors.h 'VECTORS = 3,' 'VECTORS = 1,'
-
-trick rescore 'The maximum is followed at once (headroom 0), and the tile scored again' \
-    'A score seldom stands far above m'
-edit flash_tiled_simd.c 'headroom = 20;' 'headroom = 0;'
 
 trick maximum 'The maximum is followed at once, and what m rose by is taken off the scores' \
     'Softmax needs no maximum but a number near it'
