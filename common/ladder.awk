@@ -51,7 +51,7 @@ function row(trick, what, why,    c, r, key, line) {
 
 END {
     print "Measured on: " machine ", 1 thread. In percent of the multiply-add peak, and what that loses in points of it: median (lowest..highest) of " rounds (rounds == 1 ? " round" : " rounds") ".\n"
-    line = "| taken away | why it was there |"
+    line = "| in place of the trick | why it is there |"
     for (c = 1; c <= columns; c++)
         line = line " " text[column[c]] " | loses |"
     print line
@@ -59,6 +59,6 @@ END {
     print line
     for (i = 1; i <= rows; i++)
         row(order[i], what[order[i]], why[order[i]])
-    row("tiled", "all of it: `tiled`, the plain kernel", "")
+    row("tiled", "all of it in place of them: `tiled`", "")
     printf "\nEvery timed run was held against the oracle, %d of %d by sample; the largest error was %s.\n", samples, runs, error
 }

@@ -90,7 +90,7 @@ walk() { walk_rows "$@"; }
 if [ $measure = yes ]; then
     rm -f "$folder/tricks"
     name='' wanted=''
-    trick whole nothing ''
+    trick whole 'the kernel as it is' ''
     . "${TRICKS:-07_flash_tiled/tricks.sh}"
     lay
     rm -rf "$folder/new" "$folder/wrong"
