@@ -29,10 +29,12 @@ FNR == 1 {
         error = get("max_abs_err")
 }
 
-# The median, and how far the rounds are apart
-function spread(key,    n) {
+# The median, and how far the rounds are apart.
+function spread(key,    n, text) {
     n = sort_values(key)
-    return n == 0 ? "-" : sprintf("%.1f", middle(key)) (n > 1 ? sprintf(" (%.0f..%.0f)", sorted[1], sorted[n]) : "")
+    text = n == 0 ? "-" : sprintf("%.1f", middle(key)) (n > 1 ? sprintf(" (%.0f..%.0f)", sorted[1], sorted[n]) : "")
+    sub(/\(-0\./, "(0.", text)
+    return text
 }
 function row(trick, what, why,    c, r, key, line) {
     line = "| " what " | " why " |"
@@ -59,6 +61,6 @@ END {
     print line
     for (i = 1; i <= rows; i++)
         row(order[i], what[order[i]], why[order[i]])
-    row("tiled", "all of it in place of them: `tiled`", "")
+    row("tiled", "none of the tricks: `tiled`", "")
     printf "\nEvery timed run was held against the oracle, %d of %d by sample; the largest error was %s.\n", samples, runs, error
 }

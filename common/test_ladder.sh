@@ -15,7 +15,7 @@ ladder() { TRICKS=$1 sh common/ladder.sh > "$tmp/out" 2> "$tmp/err"; }
 ladder 07_flash_tiled/tricks.sh
 expect "exit code" $? 0
 runs=$(wc -l < "$build/ladder/quick/steps")
-expect "runs held against the oracle" "$(cat "$tmp/out" | grep -c "0 of $((runs)) by sample")" 1
+expect "runs held against the oracle" "$(grep -c "0 of $((runs)) by sample" "$tmp/out")" 1
 expect "rows without a figure" "$(sed -n '/^| taken/,$s/| - | - | - | - |/&/p' "$build/ladder/quick/ladder.md")" ""
 before=$(find "$build/ladder" -name run -newer "$tmp")
 sh common/ladder.sh > "$tmp/out" 2> "$tmp/err"
