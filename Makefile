@@ -153,6 +153,16 @@ speed: all
 speed-%: all
 	@PYTHON="$(PYTHON)" sh common/speed.sh $*
 
+# The fast kernel less one trick at a time. A folder holds copies of these files; one of them is changed (common/ladder.sh).
+LADDER_FILES := flash_tiled_simd.c flash_view.c flash_pairs.c flash_tiled_simd.h vectors.h
+LADDER_REST := $(filter-out $(call objects,$(addprefix 07_flash_tiled/,$(filter %.c,$(LADDER_FILES)))), \
+                $(call objects,07_flash_tiled/main.c $(ALGORITHMS_07_flash_tiled))) $(DEVICES_07_flash_tiled) $(COMMON_LIBRARY)
+$(BUILD)/ladder/%/run: $(addprefix $(BUILD)/ladder/%/,$(LADDER_FILES)) $(LADDER_REST)
+	$(CC) -I$(@D) -I07_flash_tiled $(CPPFLAGS) $(CFLAGS) -w $(LDFLAGS) -o $@ $(filter %.c %.o %.a,$^) $(LDLIBS)
+.PHONY: ladder
+ladder: $(BUILD)/07_flash_tiled/run
+	@sh common/ladder.sh
+
 # PyTorch's own bars beside ours.
 peers: all
 	@$(PYTHON) common/pytorch_peers.py && sh common/charts.sh $(BUILD)/$(if $(filter cuda,$(DEVICE)),gpu,demo)

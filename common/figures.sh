@@ -1,5 +1,5 @@
 #!/bin/sh
-# make figures [MACHINE=name]: keeps what make demo, make tables, make speed and make gpu measured. Copies TSVs, charts and outputs into each chapter's
+# make figures [MACHINE=name]: keeps what make demo, make tables, make speed, make ladder and make gpu measured. Copies TSVs, charts and outputs into each chapter's
 # measured/ (the front page's into common/measured/, the tables into 07_flash_tiled/measured/tables/, what speed measured into 07_flash_tiled/measured/speed/, a GPU's into 07_flash_tiled/measured/gpu/), with the machine's name if
 # one is given, and rewrites the READMEs' blocks.
 set -u
@@ -7,13 +7,14 @@ build=${BUILD:-build}
 demo=$build/demo
 tables=$build/tables
 speed=$build/speed
+ladder=$build/ladder
 gpu=$build/gpu
-if [ ! -f "$demo/common/notebook.tsv" ] && [ ! -d "$tables" ] && [ ! -f "$speed/ours.tsv" ] && [ ! -d "$gpu" ]; then
-    echo "error: nothing is measured yet; type make demo (or make tables, make speed, make gpu) first" >&2
+if [ ! -f "$demo/common/notebook.tsv" ] && [ ! -d "$tables" ] && [ ! -f "$speed/ours.tsv" ] && [ ! -f "$ladder/ladder.tsv" ] && [ ! -d "$gpu" ]; then
+    echo "error: nothing is measured yet; type make demo (or make tables, make speed, make ladder, make gpu) first" >&2
     exit 2
 fi
 if [ -n "${MACHINE:-}" ]; then
-    find "$demo" "$tables" "$speed" -name '*.tsv' ! -name masks.tsv 2> /dev/null | while read -r tsv; do
+    find "$demo" "$tables" "$speed" "$ladder" -name '*.tsv' ! -name masks.tsv 2> /dev/null | while read -r tsv; do
         awk -F '\t' -v OFS='\t' -v name="$MACHINE" 'NR > 1 { $1 = name } { print }' "$tsv" > "$tsv.new" && mv "$tsv.new" "$tsv"
     done
     sh common/charts.sh "$demo" || exit 1
@@ -37,6 +38,10 @@ fi
 if [ -f "$speed/ours.tsv" ]; then
     sh common/speed.sh render || exit 1
     keep 07_flash_tiled/measured/speed "$speed"/*.tsv "$speed"/*.md "$speed"/*.svg "$speed"/*.png
+fi
+if [ -f "$ladder/ladder.tsv" ]; then
+    sh common/ladder.sh render || exit 1
+    keep 07_flash_tiled/measured "$ladder/ladder.tsv" "$ladder/ladder.md"
 fi
 if [ -f "$gpu/tokens.tsv" ]; then
     if awk -F '\t' '$4 == "simt" { found = 1 } END { exit !found }' "$gpu/tokens.tsv"; then

@@ -1,0 +1,90 @@
+# The tricks of the fast kernel, and what takes each of them away: make ladder (common/ladder.sh) reads this.
+#
+#   trick NAME 'WHAT STANDS IN ITS PLACE' 'WHY IT IS THERE' [causal]     causal: it does nothing elsewhere
+#   edit FILE 'TEXT' 'ANOTHER'     of the trick before it; the text is in one place of the file, within a line
+#
+# What is left has to be right in the cases that make ladder times, which have no bias, and need not be in others.
+
+trick registers 'the product is called, not inlined: its sums go through memory' \
+    'a sum in a register is neither loaded nor stored'
+edit vectors.h 'INLINE void multiply_add(' 'static __attribute__((noinline)) void multiply_add('
+
+trick exp2 '`exp2f`, one weight after the other' \
+    'a polynomial gives 2^x of a whole vector'
+edit flash_tiled_simd.c '*at = exp2_vector(*at);' 'for (int lane = 0; lane < LANES; lane++)
+                (*at)[lane] = exp2f((*at)[lane]);'
+
+trick triangle 'tiles above the diagonal are scored and then masked' \
+    'what no row sees is left out' causal
+edit flash_view.c 'keys = seeing_vectors(block, key, keys, &from, &to);' '(void)seeing_vectors;'
+edit flash_view.c 'flash_attend(block, all_end, end, true);' 'flash_attend(block, all_end, block->s->key_tokens, true);'
+
+trick sums 'the sums of 2 keys at a time' \
+    'with more (AVX-512: 8) no multiply-add waits for the one before it, and a vector that is loaded is used for each of them'
+edit vectors.h 'VECTORS = 3,' '
+#define TILE 2
+    VECTORS = 3,'
+
+trick copies 'keys and values are copied before they are used' \
+    'lanes are queries, so keys and values are broadcast number by number from where they lie'
+edit flash_tiled_simd.c 'const float *k[TILE];' 'float copy[TILE * HS];
+        const float *k[TILE];'
+edit flash_tiled_simd.c 'k[i] = block->k + (size_t)(key + smaller(i0 + i, keys - 1)) * block->key_step;' \
+    'k[i] = memcpy(copy + i * HS, block->k + (size_t)(key + smaller(i0 + i, keys - 1)) * block->key_step, HS * sizeof *copy);'
+edit flash_tiled_simd.c 'for (int d = 0; d < HS; d += TILE) {' 'float copy[FLASH_KEYS * HS];
+    for (int i = 0; i < keys; i++)
+        memcpy(copy + i * HS, block->v + (size_t)(key + i) * block->key_step, HS * sizeof *copy);
+    for (int d = 0; d < HS; d += TILE) {'
+edit flash_tiled_simd.c 'v[i] = block->v + (size_t)key * block->key_step + ' 'v[i] = copy + '
+edit flash_tiled_simd.c 'multiply_add(c, vectors, v, block->key_step, ' 'multiply_add(c, vectors, v, HS, '
+
+trick keys '16 keys a tile' \
+    'with 128 the output is loaded and stored an eighth as often'
+edit flash_tiled_simd.h 'FLASH_KEYS = 128,' 'FLASH_KEYS = 16,'
+
+trick vectors 'blocks of one vector of queries' \
+    'with three, a number that is broadcast is used three times'
+edit vectors.h 'VECTORS = 3,' 'VECTORS = 1,'
+
+trick maximum 'm follows the largest score in each tile, and what it rose by is taken off the scores' \
+    'softmax needs no maximum but a number near it'
+edit flash_tiled_simd.c 'headroom = 20;' 'headroom = 0;'
+edit flash_tiled_simd.c 'if (raise_maximum(block, top, from, vectors))' 'Vector *m = (Vector *)block->m + from, rise[VECTORS];
+    for (int j = 0; j < vectors; j++)
+        rise[j] = -m[j];
+    raise_maximum(block, top, from, vectors);
+    for (int j = 0; j < vectors; j++)
+        rise[j] += m[j];
+    for (int i = 0; i < keys; i++)
+        for (int j = 0; j < vectors; j++)
+            ((Vector *)(p + i * FLASH_ROWS))[from + j] -= rise[j];
+    if (false)'
+
+trick exponent 'scale, log2 e and m come in behind the product' \
+    'the product is the exponent already'
+edit flash_tiled_simd.c 's->scale * log2e * load_first' 'load_first'
+edit flash_tiled_simd.c 'd ? (Vector){0} : -m[j];' '(Vector){0};'
+edit flash_tiled_simd.c 'top[j] = vector_max(scores[i * VECTORS + j], top[j]);' '{
+            Vector *at = scores + i * VECTORS + j;
+            *at = block->s->scale * log2e * *at - m[j];
+            top[j] = vector_max(*at, top[j]);
+        }'
+
+trick prefetch 'nothing is fetched ahead' \
+    'memory, idle during 2^x, is asked for the next tile'
+edit flash_tiled_simd.c '__builtin_prefetch(block->k + next + d, 0, 2);' '(void)next;'
+edit flash_tiled_simd.c '__builtin_prefetch(block->v + next + d, 0, 2);' ''
+
+trick diagonal 'along the diagonal whole blocks are scored and then masked' \
+    'single vectors of queries that see none of the keys are left out' causal
+edit flash_view.c 'keys = seeing_vectors(block, key, keys, &from, &to);' '(void)seeing_vectors;'
+
+trick transpose 'queries and output are turned number by number' \
+    'squares of vectors are turned in registers'
+edit vectors.h 'UNROLL for (int round = 1; round < LANES; round *= 2)' 'for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < i; j++) {
+            float x = row[i][j];
+            row[i][j] = row[j][i];
+            row[j][i] = x;
+        }
+    for (int round = LANES; round < LANES; round *= 2)'
