@@ -11,7 +11,7 @@
 #include "flash_tiled_simd.h"
 
 enum {
-    FLASH_BACK_ROWS = 96,               /* queries and */
+    FLASH_BACK_ROWS = 144,              /* queries and */
     FLASH_BACK_KEYS = 4 * VECTORS * 16, /* keys of a tile: 192 */
     FLASH_BACK_SHARES = 16,             /* with fewer key/value heads (B * NKV), their keys are shared out */
     FLASH_BACK_LISTS = 64,              /* how many lists of work there are at most */
