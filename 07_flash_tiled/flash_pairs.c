@@ -34,13 +34,17 @@ static int document_start(const int *document, int place)
 bool flash_bounds(const AttentionShape *s, int b, int t, int *first, int *end)
 {
     int place = t + s->key_tokens - s->tokens;
-    MaskKind kind = s->mask.kind;
-    *first = kind == MASK_WINDOW      ? place < s->mask.width ? 0 : place - s->mask.width + 1
-             : kind == MASK_FUTURE    ? larger(0, place + 1)
-             : kind == MASK_DOCUMENTS ? document_start(s->mask.document, place)
-                                      : 0;
+    const Mask *mask = &s->mask;
+    int64_t reach = (int64_t)mask->width * (mask->kind == MASK_DILATED ? mask->extra : 1);
+    *first = 0;
+    if ((mask->kind == MASK_WINDOW || mask->kind == MASK_DILATED) && place >= reach)
+        *first = (int)(place - reach) + 1;
+    else if (mask->kind == MASK_FUTURE)
+        *first = larger(0, place + 1);
+    else if (mask->kind == MASK_DOCUMENTS)
+        *first = document_start(mask->document, place);
     *end = keys_end(s, b, t);
-    return kind != MASK_LOCAL_GLOBAL && kind != MASK_DILATED;
+    return mask->kind != MASK_LOCAL_GLOBAL && mask->kind != MASK_DILATED;
 }
 
 FlashSpan flash_span(const AttentionShape *s, int b, int t, int rows)

@@ -12,20 +12,23 @@
 #include "kv_cache.h"
 #include "memory.h"
 #include "random.h"
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 typedef struct {
-    AttentionShape shape; /* causal, T = TK tokens in all */
-    float *q, *k, *v;     /* of all tokens, as attention takes them */
+    AttentionShape shape; /* causal; TK tokens in all, T of which are queries of the call without a cache */
+    float *q, *k, *v;     /* as attention takes them */
     float *out, *lse, *scratch;
     KvCache cache;
-    float *q_token, *k_token, *v_token, *out_token;
+    float *q_token, *k_token, *v_token, *out_token, *step_scratch;
 } Decoding;
 
-static Decoding open_decoding(int batch, int tokens, int heads, int kv_heads, int head_size)
+static Decoding open_decoding(int batch, int tokens, int key_tokens, int heads, int kv_heads, int head_size)
 {
     Decoding d = {.shape = {.batch = batch,
                             .tokens = tokens,
-                            .key_tokens = tokens,
+                            .key_tokens = key_tokens,
                             .heads = heads,
                             .kv_heads = kv_heads,
                             .head_size = head_size,
@@ -39,12 +42,13 @@ static Decoding open_decoding(int batch, int tokens, int heads, int kv_heads, in
     d.scratch = allocate_floats(grouped_simd_scratch(&d.shape));
     d.q_token = allocate_floats(q_count / tokens);
     d.out_token = allocate_floats(q_count / tokens);
-    d.k_token = allocate_floats(kv_count / tokens);
-    d.v_token = allocate_floats(kv_count / tokens);
+    d.k_token = allocate_floats(kv_count / key_tokens);
+    d.v_token = allocate_floats(kv_count / key_tokens);
     d.cache.batch = batch;
     d.cache.kv_heads = kv_heads;
     d.cache.head_size = head_size;
-    d.cache.capacity = tokens;
+    d.cache.capacity = key_tokens;
+    d.step_scratch = allocate_floats(gqa_decode_scratch(&d.cache, heads));
 
     RandomStream stream;
     seed_stream(&stream, STREAM_CPU, 123);
@@ -56,32 +60,33 @@ static Decoding open_decoding(int batch, int tokens, int heads, int kv_heads, in
 
 static void close_decoding(Decoding *d)
 {
-    float *const owned[] = {d->q,       d->k,       d->v,       d->out,     d->lse,     d->scratch,
-                            d->cache.k, d->cache.v, d->q_token, d->k_token, d->v_token, d->out_token};
+    float *const owned[] = {d->step_scratch, d->q,       d->k,        d->v,       d->out,
+                            d->lse,          d->scratch, d->cache.k,  d->cache.v, d->q_token,
+                            d->k_token,      d->v_token, d->out_token};
     for (size_t i = 0; i < sizeof owned / sizeof owned[0]; i++)
         free(owned[i]);
 }
 
-/* Token t of each of n heads (n,T,HS), gathered to (n,HS). */
-static void take_token(float *token, const float *heads, int n, int t, const AttentionShape *s)
+/* Token t of each of n heads (n,tokens,HS), gathered to (n,HS). */
+static void take_token(float *token, const float *heads, int n, int tokens, int t, size_t HS)
 {
-    size_t HS = s->head_size;
     for (int h = 0; h < n; h++)
-        memcpy(token + h * HS, heads + ((size_t)h * s->tokens + t) * HS, HS * sizeof *token);
+        memcpy(token + h * HS, heads + ((size_t)h * tokens + t) * HS, HS * sizeof *token);
 }
 
 static void append_token(Decoding *d, int t)
 {
-    int heads = d->shape.batch * d->shape.kv_heads;
-    take_token(d->k_token, d->k, heads, t, &d->shape);
-    take_token(d->v_token, d->v, heads, t, &d->shape);
+    const AttentionShape *s = &d->shape;
+    take_token(d->k_token, d->k, s->batch * s->kv_heads, s->key_tokens, t, s->head_size);
+    take_token(d->v_token, d->v, s->batch * s->kv_heads, s->key_tokens, t, s->head_size);
     kv_cache_append(&d->cache, d->k_token, d->v_token);
 }
 
 static void decode_token(Decoding *d, int t)
 {
-    take_token(d->q_token, d->q, d->shape.batch * d->shape.heads, t, &d->shape);
-    gqa_decode_step(d->out_token, NULL, d->q_token, &d->cache, d->shape.heads, d->shape.scale);
+    take_token(d->q_token, d->q, d->shape.batch * d->shape.heads, d->shape.tokens, t, d->shape.head_size);
+    gqa_decode_step(d->out_token, NULL, d->step_scratch, d->q_token, &d->cache, d->shape.heads,
+                    d->shape.scale);
 }
 
 /* The largest difference between the decoded token t and row t of `out`; infinite if there is a NaN. */
@@ -102,7 +107,7 @@ const char *decode_equals_causal(void)
     static char text[120];
     static const int kv_heads[] = {12, 3, 1};
     for (int i = 0; i < 3; i++) {
-        Decoding d = open_decoding(2, 70, 12, kv_heads[i], 20);
+        Decoding d = open_decoding(2, 70, 70, 12, kv_heads[i], 20);
         attention_grouped(d.out, d.lse, d.q, d.k, d.v, &d.shape);
         float worst = 0;
         for (int t = 0; t < d.shape.tokens; t++) {
@@ -119,6 +124,15 @@ const char *decode_equals_causal(void)
     return NULL;
 }
 
+static int threads(void)
+{
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
 int run_decode(int argc, char **argv)
 {
     const char *path = argc == 2 && strcmp(argv[0], "--tsv") == 0 ? argv[1] : NULL;
@@ -131,38 +145,55 @@ int run_decode(int argc, char **argv)
         file = fopen(unfinished, "w");
         if (!file)
             die(EXIT_USAGE, "cannot write %s: %s", unfinished, strerror(errno));
-        fprintf(file, "machine\tkernel\ttokens\tms_per_token\n");
+        fprintf(file, "machine\tkernel\ttokens\tms_per_token\tgb_per_s\tpercent_of_reading\n");
     }
 
-    enum { HEADS = 32, KV_HEADS = 8, HS = 128, LONGEST = 4096, REPEATS = 15 };
+    enum { HEADS = 32, KV_HEADS = 8, HS = 128, LONGEST = 32768, LONGEST_ANEW = 4096, REPEATS = 15 };
+    const double burst_ms = 4;
     bool good = true;
     printf("One more token after so many, %d heads of %d on %d key/value heads, one layer, float32\n", HEADS,
            HS, KV_HEADS);
-    printf("%8s %18s %18s %10s\n", "tokens", "cache, ms", "all anew, ms", "difference");
+    printf("%8s %12s %8s %12s %16s %12s\n", "tokens", "cache, ms", "GB/s", "of reading", "all anew, ms",
+           "difference");
     for (int tokens = 64; tokens <= LONGEST; tokens *= 2) {
-        Decoding d = open_decoding(1, tokens, HEADS, KV_HEADS, HS);
-        double cached[REPEATS], anew[REPEATS];
-        int anew_repeats = tokens > 512 ? 3 : REPEATS;
+        bool anew_too = tokens <= LONGEST_ANEW;
+        Decoding d = open_decoding(1, anew_too ? tokens : 1, tokens, HEADS, KV_HEADS, HS);
+        double cached[REPEATS], share[REPEATS], anew[REPEATS];
+        double gb = 1e-9 * 2 * sizeof(float) * (double)key_count(&d.shape);
         for (int t = 0; t < tokens; t++)
             append_token(&d, t);
         for (int i = -1; i < REPEATS; i++) { /* -1 warms up */
+            double before = read_burst_gb_per_s(threads(), burst_ms);
             double start = now();
-            decode_token(&d, tokens - 1);
-            if (i >= 0)
-                cached[i] = 1e3 * (now() - start);
+            decode_token(&d, d.shape.tokens - 1);
+            double seconds = now() - start;
+            double after = read_burst_gb_per_s(threads(), burst_ms);
+            if (i >= 0) {
+                cached[i] = 1e3 * seconds;
+                share[i] = 100 * gb / seconds / (0.5 * (before + after));
+            }
         }
+        int anew_repeats = !anew_too ? 0 : tokens > 512 ? 3 : REPEATS;
         for (int i = 0; i < anew_repeats; i++) {
             double start = now();
             attention_grouped_simd(d.out, d.lse, d.scratch, d.q, d.k, d.v, &d.shape);
             anew[i] = 1e3 * (now() - start);
         }
-        float off = difference(&d, tokens - 1);
+        if (!anew_too)
+            attention_grouped(d.out, d.lse, d.q, d.k, d.v, &d.shape);
+        float off = difference(&d, d.shape.tokens - 1);
         good = good && off <= 1e-5f;
-        double cached_ms = median(cached, REPEATS), anew_ms = median(anew, anew_repeats);
-        printf("%8d %18.4f %18.4f %10.1e %s\n", tokens, cached_ms, anew_ms, off, off <= 1e-5f ? "✓" : "✗");
+        double ms = median(cached, REPEATS), percent = median(share, REPEATS);
+        char anew_text[32] = "-";
+        if (anew_too)
+            snprintf(anew_text, sizeof anew_text, "%.4f", median(anew, anew_repeats));
+        printf("%8d %12.4f %8.1f %11.0f%% %16s %12.1e %s\n", tokens, ms, 1e3 * gb / ms, percent, anew_text,
+               off, off <= 1e-5f ? "✓" : "✗");
         if (file)
-            fprintf(file, "%s\tcache\t%d\t%.6g\n%s\tanew\t%d\t%.6g\n", machine_name(), tokens, cached_ms,
-                    machine_name(), tokens, anew_ms);
+            fprintf(file, "%s\tcache\t%d\t%.6g\t%.4g\t%.4g\n", machine_name(), tokens, ms, 1e3 * gb / ms,
+                    percent);
+        if (file && anew_too)
+            fprintf(file, "%s\tanew\t%d\t%s\t\t\n", machine_name(), tokens, anew_text);
         close_decoding(&d);
     }
     if (file && (fclose(file) != 0 || rename(unfinished, path) != 0))

@@ -47,8 +47,8 @@ void attention_repeat_kv_backward(const GroupedBackward *g, const float *k_repea
 void attention_grouped_backward(const GroupedBackward *g, const AttentionShape *s);
 
 /* attention_grouped with chapter 7's tile steps. A tile holds queries of all heads of a group, so that each key and
- * value is loaded once for the group. scratch: grouped_simd_scratch(s) floats, 64-byte aligned. lse may be
- * NULL. */
+ * value is loaded once for the group; or, with few queries and many keys, over split keys. scratch:
+ * grouped_simd_scratch(s) floats, 64-byte aligned. lse may be NULL. */
 void attention_grouped_simd(float *out, float *lse, float *scratch, const float *q, const float *k,
                             const float *v, const AttentionShape *s);
 size_t grouped_simd_scratch(const AttentionShape *s);

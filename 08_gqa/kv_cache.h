@@ -30,7 +30,10 @@ bool kv_cache_append(KvCache *cache, const float *k, const float *v);
 /* One token attends to everything in the cache, itself included: append it first.
  *   out (B,NH,HS)  written      lse (B,NH)  written; NULL: not wanted
  *   q   (B,NH,HS)  read         scale       of the scores, as 1/sqrt(HS)
- * An empty cache gives out = 0, lse = -inf. NKV divides NH. Head h reads key/value head h / (NH / NKV). */
-void gqa_decode_step(float *out, float *lse, const float *q, const KvCache *cache, int heads, float scale);
+ * scratch: gqa_decode_scratch(cache, NH) floats, 64-byte aligned, enough until the cache is full. An empty cache
+ * gives out = 0, lse = -inf. NKV divides NH. Head h reads key/value head h / (NH / NKV). */
+void gqa_decode_step(float *out, float *lse, float *scratch, const float *q, const KvCache *cache, int heads,
+                     float scale);
+size_t gqa_decode_scratch(const KvCache *cache, int heads);
 
 #endif

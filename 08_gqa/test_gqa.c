@@ -497,11 +497,13 @@ Test(cache, costs_what_its_heads_cost)
     cr_expect(kv_cache_bytes_per_token(80, 8, 128, 4) == (size_t)640 << 10);
 }
 
+static _Alignas(64) float scratch[2048]; /* for a step of at most 20 heads of 16 and one split */
+
 Test(cache, is_empty_at_first_and_full_at_last)
 {
     float k[2 * 3 * 2], v[2 * 3 * 2], token[2 * 2] = {1, 2, 3, 4}, q[4 * 2] = {0}, out[4 * 2], lse[4];
     KvCache cache = {.k = k, .v = v, .batch = 1, .kv_heads = 2, .capacity = 3, .head_size = 2};
-    gqa_decode_step(out, lse, q, &cache, 4, 1);
+    gqa_decode_step(out, lse, scratch, q, &cache, 4, 1);
     for (int h = 0; h < 4; h++)
         cr_expect(lse[h] == -INFINITY && out[h * 2] == 0 && out[h * 2 + 1] == 0, "head %d", h);
     for (int i = 0; i < 3; i++)
@@ -523,7 +525,7 @@ Test(cache, bears_large_scores)
     float q[2 * 10], out[2 * 10];
     for (int h = 0; h < 2; h++)
         memcpy(q + h * 10, p.q + query_row(&p.s, 0, h, 69), 10 * sizeof *q);
-    gqa_decode_step(out, NULL, q, &cache, 2, p.s.scale);
+    gqa_decode_step(out, NULL, scratch, q, &cache, 2, p.s.scale);
     for (int i = 0; i < 20; i++)
         cr_expect(near(out[i], p.out[query_row(&p.s, 0, i / 10, 69) + i % 10], 1e-4), "number %d: %g", i,
                   out[i]);
@@ -542,7 +544,7 @@ Test(cache, decodes_groups_of_any_size)
         float q[17 * 10], out[17 * 10], lse[17];
         for (int h = 0; h < heads[i]; h++)
             memcpy(q + h * 10, p.q + query_row(&p.s, 0, h, 66), 10 * sizeof *q);
-        gqa_decode_step(out, lse, q, &cache, heads[i], p.s.scale);
+        gqa_decode_step(out, lse, scratch, q, &cache, heads[i], p.s.scale);
         for (int h = 0; h < heads[i]; h++) {
             cr_expect(near(lse[h], p.lse[lse_index(&p.s, 0, h, 66)], 2e-6), "%d heads, lse of head %d",
                       heads[i], h);
@@ -562,7 +564,7 @@ Test(cache, never_hides_nan)
         KvCache cache = {
             .k = p.k, .v = p.v, .batch = 1, .kv_heads = 1, .capacity = 70, .head_size = 10, .used = 70};
         float out[2 * 10], lse[2];
-        gqa_decode_step(out, lse, p.q, &cache, 2, p.s.scale);
+        gqa_decode_step(out, lse, scratch, p.q, &cache, 2, p.s.scale);
         cr_expect(isnan(out[0]) && isnan(out[10]) && (where || isnan(lse[1])), "input %d", where);
         tear_down(&p);
     }

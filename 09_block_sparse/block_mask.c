@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#include "../07_flash_tiled/flash_tiled_simd.h"
+
 static int smaller(int a, int b)
 {
     return a < b ? a : b;
@@ -105,10 +107,12 @@ static BlockKind ask_pairs(MaskPredicate *predicate, const AttentionShape *s, in
     return first ? BLOCK_FULL : BLOCK_EMPTY;
 }
 
+/* The closed form is asked only about blocks between the first and the last key that some query of theirs sees: with small
+ * blocks and a narrow mask those are few. */
 static void fill(BlockMask *mask, bool closed, const AttentionShape *s)
 {
     int N = mask->block;
-#pragma omp parallel for collapse(3)
+#pragma omp parallel for collapse(3) schedule(dynamic, 16)
     for (int b = 0; b < mask->batch; b++)
         for (int h = 0; h < mask->heads; h++)
             for (int i = 0; i < mask->query_blocks; i++) {
@@ -116,7 +120,11 @@ static void fill(BlockMask *mask, bool closed, const AttentionShape *s)
                 ListedBlock *list = mask->listed + index * mask->key_blocks;
                 int count = 0, q = i * N, q_end = smaller(q + N, s->tokens);
 
-                for (int j = 0; j < mask->key_blocks; j++) {
+                FlashSpan reach = {.end = s->key_tokens};
+                if (closed)
+                    reach = flash_span(s, b, q, q_end - q);
+
+                for (int j = reach.first / N; j <= (reach.end - 1) / N; j++) {
                     int kv = j * N, kv_end = smaller(kv + N, s->key_tokens);
                     BlockKind kind = closed ? closed_form(s, b, q, q_end, kv, kv_end)
                                             : ask_pairs(mask->predicate, s, b, h, q, q_end, kv, kv_end);

@@ -42,7 +42,8 @@ BlockMask block_mask_in(float *memory, const AttentionShape *s, bool by_batch, b
 /* Fills the lists by asking about the pairs: at most T * TK questions for each set of lists. */
 void fill_from_predicate(BlockMask *mask, MaskPredicate *predicate, const AttentionShape *s);
 
-/* Fills them with the same lists that attends() would give, by closed_form(): a few comparisons a block. */
+/* Fills them with the same lists that attends() would give, by closed_form(): a few comparisons for each block between the
+ * first key and the last that a query of its row sees. */
 void fill_from_closed_form(BlockMask *mask, const AttentionShape *s);
 
 /* The same lists from the side of the keys: for each row of key blocks the query blocks that list it,

@@ -5,7 +5,7 @@
 #include "../07_flash_tiled/flash_tiled_simd.h"
 #include "matmul.h"
 
-enum { FINE = 32 }; /* a partial block is looked at in strips of so many keys */
+enum { FINE = 16 }; /* a partial block is looked at in strips of so many keys */
 
 static int smaller(int a, int b)
 {
@@ -68,6 +68,19 @@ size_t block_sparse_scratch(const AttentionShape *s)
     return flash_task_scratch(all_pieces(s), s->head_size);
 }
 
+/* Asks for the rows t0 <= t < t1, HS numbers each, ahead of their use: a row is read or written once, and a window leaves
+ * little time in between. */
+INLINE void ask_for_rows(const float *head, size_t step, int t0, int t1, int HS, bool to_write)
+{
+    for (int t = t0; t < t1; t++)
+        for (int d = 0; d < HS; d += 16) {
+            if (to_write)
+                __builtin_prefetch(head + t * step + d, 1);
+            else
+                __builtin_prefetch(head + t * step + d, 0, 2);
+        }
+}
+
 /* Piece n of all, counted over (b, h, query block, pieces of the block). */
 static void attend_piece(const FlashView *view, float *scratch, const BlockMask *mask,
                          const AttentionShape *s, size_t n)
@@ -86,10 +99,12 @@ static void attend_piece(const FlashView *view, float *scratch, const BlockMask 
                         .v = view->v + head,
                         .key_step = view->k_token,
                         .rows = t1 - t0};
+    const float *q = view->q + b * view->q_batch + h * view->q_head;
+    float *out = view->out + b * view->out_batch + h * view->out_head;
     for (int t = t0; t < t1; t++)
         block.row[t - t0] = (FlashRow){
-            .q = view->q + b * view->q_batch + h * view->q_head + t * view->q_token,
-            .out = view->out + b * view->out_batch + h * view->out_head + t * view->out_token,
+            .q = q + t * view->q_token,
+            .out = out + t * view->out_token,
             .lse = view->lse ? view->lse + lse_index(s, (int)b, (int)h, t) : NULL,
             .h = (int)h,
             .t = t,
@@ -97,6 +112,8 @@ static void attend_piece(const FlashView *view, float *scratch, const BlockMask 
     int listed;
     const ListedBlock *list = block_list(mask, (int)b, (int)h, i, &listed);
     flash_begin(&block, scratch);
+    ask_for_rows(out, view->out_token, t0, t1, s->head_size, true);
+    ask_for_rows(q, view->q_token, t1, smaller(t1 + FLASH_ROWS, s->tokens), s->head_size, false);
     attend_listed(&block, list, listed, N, t0, t1);
     flash_finish(&block);
 }

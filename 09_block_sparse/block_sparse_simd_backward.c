@@ -16,8 +16,13 @@ static int next_query(const void *lists, const AttentionShape *s, int b, int h, 
     for (int j = key / N; j <= (end - 1) / N; j++) {
         int listed, n = 0;
         const ListedBlock *list = block_list(transposed, b, h, j, &listed);
-        while (n < listed && (list[n].key_block + 1) * N <= t)
-            n++;
+        for (int high = listed; n < high;) { /* the first that does not end before t: they ascend */
+            int middle = n + (high - n) / 2;
+            if ((list[middle].key_block + 1) * N <= t)
+                n = middle + 1;
+            else
+                high = middle;
+        }
         int start = n < listed ? list[n].key_block * N : s->tokens;
         start = start > t ? start : t;
         next = n < listed && start < next ? start : next;

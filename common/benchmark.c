@@ -242,9 +242,14 @@ void print_row(const BenchmarkRow *row)
 {
     char spread[64];
     const Timing *t = &row->time;
+    char reading[64] = "";
+    if (row->percent_of_reading > 0)
+        snprintf(reading, sizeof reading, "  %.1f GB/s, %.0f%% of reading", row->gb_per_s,
+                 row->percent_of_reading);
     const char *sample = strcmp(row->checked, "sample") == 0 ? " (sample)" : "";
     snprintf(spread, sizeof spread, "%.*f .. %.*f", decimals(t->ms_min), t->ms_min, decimals(t->ms_p95),
              t->ms_p95);
-    printf("%-20s %10.*f  %-20s %9.1f %7.1f%% %8.2f MiB  %.1e%s\n", row->kernel, decimals(t->ms_median),
-           t->ms_median, spread, row->gflops, row->percent_of_peak, row->peak_mib, row->max_abs_err, sample);
+    printf("%-20s %10.*f  %-20s %9.1f %7.1f%% %8.2f MiB  %.1e%s%s\n", row->kernel, decimals(t->ms_median),
+           t->ms_median, spread, row->gflops, row->percent_of_peak, row->peak_mib, row->max_abs_err, sample,
+           reading);
 }

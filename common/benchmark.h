@@ -27,6 +27,10 @@ double median(double *values, int n); /* sorts them */
  * wander. */
 double peak_burst_gflops(int threads, double ms, bool bf16);
 
+/* GB/s (10^9 bytes) that `threads` threads read at once, one address after the other, from 256 MiB, which no usual cache
+ * holds; for about `ms` milliseconds. The memory is kept from the first call on. */
+double read_burst_gb_per_s(int threads, double ms);
+
 /* The machine's name for charts and TSV rows: $MACHINE, or the processor's name and the number of cores. */
 const char *machine_name(void);
 
@@ -41,6 +45,8 @@ typedef struct {
     Timing time;
     double gflops, gb_per_s, percent_of_peak, pairs_kept, peak_mib, max_abs_err;
     const char *checked; /* "all" or "sample" */
+    double
+        percent_of_reading; /* of read_burst_gb_per_s(), for people only; 0: reading is not what holds it up */
 } BenchmarkRow;
 
 /* Appends the row to the file, with the header line first when the file is new or empty. A file whose first

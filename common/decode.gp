@@ -12,7 +12,7 @@ set title title_text . "\n" . machine noenhanced
 set rmargin 22
 unset key
 array colour[4] = ["#d9853b", "#1b6ca8", "#3d8b4f", "#8a4fa3"]
-set xtics (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+set xtics (16, 64, 256, 1024, 4096, 16384)
 set format y "%g"
 rows(kernel) = sprintf("< awk -F '\\t' -v OFS='\\t' -v kernel='%s' 'NR > 1 && $2 == kernel { print $3, $4, kernel }' '%s'", kernel, data)
 last(kernel) = rows(kernel) . " | tail -n 1"

@@ -1,18 +1,30 @@
 #include "memory.h"
 #include "error.h"
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <unistd.h>
+
+/* Much memory is asked for in pages of 2 MiB: with the usual 4 KiB a processor that reads as fast as it can waits for
+ * the places of its pages as well. Where the system has no such pages nothing changes. */
+static const size_t large_page = 2 << 20;
 
 float *allocate_floats(size_t n)
 {
     void *memory = NULL;
     if (n == 0)
         n = 1;
-    if (n > SIZE_MAX / sizeof(float) || posix_memalign(&memory, 64, n * sizeof(float)) != 0)
+    bool large = n >= 4 * large_page / sizeof(float);
+    if (n > SIZE_MAX / sizeof(float) ||
+        posix_memalign(&memory, large ? large_page : 64, n * sizeof(float)) != 0)
         die(EXIT_UNAVAILABLE, "not enough memory for %s; take smaller sizes", bytes_text(4.0 * (double)n));
+#ifdef MADV_HUGEPAGE
+    if (large)
+        madvise(memory, n * sizeof(float), MADV_HUGEPAGE);
+#endif
     return memory;
 }
 

@@ -1,4 +1,5 @@
 #include "benchmark.h"
+#include "memory.h"
 #include "vectors.h"
 
 /* A multiply-add takes about 4 cycles and up to 4 begin in each (2 on x86): this many must be under way at
@@ -67,4 +68,51 @@ double peak_burst_gflops(int threads, double ms, bool bf16)
     gflops += one_thread_gflops(ms, bf16);
     (void)threads; /* without OpenMP there is one */
     return gflops;
+}
+
+/* ---- Reading ---- */
+
+enum { PIECE = (256 << 10) / sizeof(Vector) }; /* vectors read between two looks at the clock */
+
+/* The sum of one piece, in the order in which it lies: a processor fetches ahead where addresses follow each other. */
+static __attribute__((noinline)) Vector read_piece(const Vector *piece)
+{
+    enum { SUMS = 8 };
+    Vector sum[SUMS] = {0}, total = {0};
+    for (size_t i = 0; i < PIECE; i += SUMS)
+        UNROLL for (int j = 0; j < SUMS; j++) sum[j] += piece[i + j];
+    for (int j = 0; j < SUMS; j++)
+        total += sum[j];
+    return total;
+}
+
+/* Round and round through a part of its own, whose first piece is long out of every cache when its turn comes again. */
+static double one_thread_gb_per_s(const Vector *part, size_t pieces, double ms)
+{
+    Vector total = {0};
+    double start = now(), seconds;
+    size_t read = 0;
+    do {
+        total += read_piece(part + read++ % pieces * PIECE);
+        seconds = now() - start;
+    } while (seconds < 1e-3 * ms);
+    /* All of it is 0. The sum is looked at, or a compiler might leave the reading out. */
+    return total[0] == 0 ? 1e-9 * read * PIECE * sizeof(Vector) / seconds : 0;
+}
+
+double read_burst_gb_per_s(int threads, double ms)
+{
+    static Vector *memory;
+    const size_t pieces = (256 << 20) / (PIECE * sizeof(Vector));
+    if (!memory) {
+        memory = (Vector *)allocate_floats(pieces * PIECE * LANES);
+        memset(memory, 0,
+               pieces * PIECE * sizeof(Vector)); /* pages never written to may all be the same one */
+    }
+    size_t each = pieces / threads > 0 ? pieces / threads : 1;
+    double gb_per_s = 0;
+#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(+ : gb_per_s)
+    for (int i = 0; i < threads; i++)
+        gb_per_s += one_thread_gb_per_s(memory + i * each % pieces * PIECE, each, ms);
+    return gb_per_s;
 }

@@ -55,6 +55,16 @@ Test(benchmark, peak_burst_lasts_as_long_as_asked_and_counts)
     cr_assert(two > 0.01 && two < 4000, "%g GFLOP/s", two);
 }
 
+Test(benchmark, read_burst_lasts_as_long_as_asked_and_reads)
+{
+    read_burst_gb_per_s(1, 1); /* the first fills its memory */
+    double start = now(), one = read_burst_gb_per_s(1, 30), seconds = now() - start;
+    cr_expect(seconds > 0.03 && seconds < 1, "%g s", seconds);
+    cr_expect(one > 0.1 && one < 2000, "%g GB/s: a compiler that leaves the reading out gets thousands", one);
+    double two = read_burst_gb_per_s(2, 30);
+    cr_expect(two > 0.3 * one && two < 4000, "%g GB/s with two threads, %g with one", two, one);
+}
+
 /* ---- The machine's name ---- */
 
 Test(benchmark, machine_is_what_the_variable_says_on_one_line)

@@ -12,6 +12,15 @@ static double peak_gflops(const Run *run, int threads, double ms)
                        : peak_burst_gflops(threads, ms, false);
 }
 
+/* How fast memory can be read right now, if that is what holds the run up: with fewer operations to a byte than any
+ * processor does in the time in which it reads one. Else, and on a device, 0. */
+static double read_gb_per_s(const Run *run, int threads, double ms)
+{
+    const double few = 8;
+    bool waits = !run->device && run_flops(run, run->pass) < few * run_bytes(run, run->pass);
+    return waits ? read_burst_gb_per_s(threads, ms) : 0;
+}
+
 static double seconds_of(Run *run)
 {
     if (run->device) {
@@ -32,6 +41,7 @@ void time_runs(BenchmarkRow *row, Run *const *runs, int count, const Chapter *ch
     bool terminal = isatty(STDERR_FILENO);
     double *ms = allocate_zeroed((size_t)count * repeat, sizeof *ms);
     double *share = allocate_zeroed((size_t)count * repeat, sizeof *share);
+    double *of_reading = allocate_zeroed((size_t)count * repeat, sizeof *of_reading);
     const int first = repeat > 1 ? -1 : 0; /* -1 warms up; of one long run its check did */
     for (int round = first; round < repeat; round++)
         for (int i = 0; i < count; i++) {
@@ -42,13 +52,18 @@ void time_runs(BenchmarkRow *row, Run *const *runs, int count, const Chapter *ch
             if (pass == PASS_BACKWARD)
                 forward_run(runs[i]); /* backward may use up what forward left */
             double before = peak_gflops(runs[i], threads, burst_ms);
+            double read_before = read_gb_per_s(runs[i], threads, burst_ms);
             double seconds = seconds_of(runs[i]);
+            double read_after = read_gb_per_s(runs[i], threads, burst_ms);
             double after = peak_gflops(runs[i], threads, burst_ms);
             if (round < 0)
                 continue;
             ms[i * repeat + round] = 1e3 * seconds;
             double peak = 0.5 * (before + after);
             share[i * repeat + round] = peak > 0 ? 100 * 1e-9 * run_flops(runs[i], pass) / seconds / peak : 0;
+            double read = 0.5 * (read_before + read_after);
+            of_reading[i * repeat + round] =
+                read > 0 ? 100 * 1e-9 * run_bytes(runs[i], pass) / seconds / read : 0;
         }
     if (terminal)
         fprintf(stderr, "\r\033[K");
@@ -79,6 +94,7 @@ void time_runs(BenchmarkRow *row, Run *const *runs, int count, const Chapter *ch
             .pairs_kept = count_pairs(s) / (double)weights_count(s),
             .peak_mib = (double)run->extra_bytes / (1 << 20),
             .max_abs_err = run->pass == PASS_FORWARD ? run->out.max_abs : run->gradient.max_abs,
+            .percent_of_reading = median(of_reading + (size_t)i * repeat, repeat),
             .checked = run->sampled ? "sample" : "all",
         };
         mask_text(row[i].mask, sizeof row[i].mask, s);
@@ -87,4 +103,5 @@ void time_runs(BenchmarkRow *row, Run *const *runs, int count, const Chapter *ch
     }
     free(ms);
     free(share);
+    free(of_reading);
 }
