@@ -101,57 +101,39 @@ typedef struct {
     int key, keys;
 } Place;
 
-/* Rows of HS numbers, padded with zeros to pairs. */
-static void copy_rows(Pair *to, const Bf16 *from, int rows, int most, const Scratch *x, int HS)
+/* Pair d of row r goes to to[d * step + r * row_step]; `size` pairs in all, and where no row is they are 0. */
+static void scatter_rows(Pair *to, size_t size, size_t step, size_t row_step, const Bf16 *from, int rows,
+                         int HS)
 {
-    memset(to, 0, (size_t)most * x->pairs * sizeof *to);
+    memset(to, 0, size * sizeof *to);
     for (int r = 0; r < rows; r++)
-        memcpy(to + (size_t)r * x->pairs, from + (size_t)r * HS, HS * sizeof *from);
+        scatter_row(to + r * row_step, step, from + (size_t)r * HS, HS);
 }
 
-/* Two rows side by side: row r of `to` (most / 2, width) holds rows 2r and 2r + 1. */
-static void pair_rows(Pair *to, const Bf16 *from, int rows, int most, const Scratch *x, int HS)
+static void pair_all(Pair *to, int most, const Scratch *x, const Bf16 *from, int rows, int HS)
 {
     memset(to, 0, (size_t)most / 2 * x->width * sizeof *to);
-    for (int r = 0; r < rows; r += 2, to += x->width, from += 2 * HS) {
-        const Bf16 *second = r + 1 < rows ? from + HS : NULL;
-        for (int d = 0; second && d < HS; d++)
-            to[d] = from[d] | (Pair)second[d] << 16;
-        for (int d = 0; !second && d < HS; d++)
-            to[d] = from[d];
-    }
-}
-
-/* Rows turned: (pairs,KEYS). */
-static void turn_rows(Pair *to, const Bf16 *from, int rows, const Scratch *x, int HS)
-{
-    memset(to, 0, (size_t)x->pairs * KEYS * sizeof *to);
-    for (int r = 0; r < rows; r++, from += HS) {
-        for (int d = 0; d + 1 < HS; d += 2)
-            memcpy(to + (size_t)d / 2 * KEYS + r, from + d, sizeof *to);
-        if (HS % 2)
-            to[(size_t)HS / 2 * KEYS + r] = from[HS - 1];
-    }
+    pair_rows(to, x->width, from, rows, HS);
 }
 
 static void read_keys(const Scratch *x, const Place *p)
 {
     int HS = p->s->head_size;
-    const Bf16 *k = p->g->k + key_row(p->s, p->b, p->h, p->key), *v = p->g->v + (k - p->g->k);
-    turn_rows(x->k_columns, k, p->keys, x, HS);
-    turn_rows(x->v_columns, v, p->keys, x, HS);
-    pair_rows(x->k_pairs, k, p->keys, KEYS, x, HS);
+    size_t all = (size_t)x->pairs * KEYS, at = key_row(p->s, p->b, p->h, p->key);
+    scatter_rows(x->k_columns, all, KEYS, 1, p->g->k + at, p->keys, HS);
+    scatter_rows(x->v_columns, all, KEYS, 1, p->g->v + at, p->keys, HS);
+    pair_all(x->k_pairs, KEYS, x, p->g->k + at, p->keys, HS);
 }
 
 /* Rows from `rows` on are zero, and see nothing. */
 static void read_queries(const Scratch *x, const Place *p)
 {
-    int HS = p->s->head_size;
+    int HS = p->s->head_size, pairs = x->pairs;
     size_t row = query_row(p->s, p->b, p->h, p->t), first = lse_index(p->s, p->b, p->h, p->t);
-    copy_rows(x->q_rows, p->g->q + row, p->rows, ROWS, x, HS);
-    copy_rows(x->dout_rows, p->g->dout + row, p->rows, ROWS, x, HS);
-    pair_rows(x->q_pairs, p->g->q + row, p->rows, ROWS, x, HS);
-    pair_rows(x->dout_pairs, p->g->dout + row, p->rows, ROWS, x, HS);
+    scatter_rows(x->q_rows, (size_t)ROWS * pairs, 1, pairs, p->g->q + row, p->rows, HS);
+    scatter_rows(x->dout_rows, (size_t)ROWS * pairs, 1, pairs, p->g->dout + row, p->rows, HS);
+    pair_all(x->q_pairs, ROWS, x, p->g->q + row, p->rows, HS);
+    pair_all(x->dout_pairs, ROWS, x, p->g->dout + row, p->rows, HS);
     for (int r = 0; r < ROWS; r++) {
         float lse = r < p->rows ? p->g->lse[first + r] : -INFINITY;
         x->lse[r] = lse == -INFINITY ? INFINITY : log2e * lse; /* 2^(score - inf) = 0 */
@@ -199,16 +181,6 @@ static void look_up(const Scratch *x, const Place *p, const Sight *sight)
     }
 }
 
-/* c[i][j] += the sum over k of pair a[i][k * a_step] times pairs b[k * b_step][j]. */
-INLINE void multiply(Vector c[TILE][VECTORS], int vectors, const Pair *const a[TILE], size_t a_step,
-                     const Pair *b, size_t b_step, int n)
-{
-    for (int k = 0; k < n; k++, b += b_step)
-        EACH_VECTOR(i, j, vectors) {
-            c[i][j] = add_pair_products(c[i][j], a[i][k * a_step], ((const PairVector *)b)[j]);
-        }
-}
-
 /* c = TILE rows of `rows` times KEY_STEP columns. */
 INLINE void multiply_rows(Vector c[TILE][VECTORS], const Pair *rows, const Pair *columns, int pairs)
 {
@@ -218,7 +190,7 @@ INLINE void multiply_rows(Vector c[TILE][VECTORS], const Pair *rows, const Pair 
     EACH_VECTOR(i, j, VECTORS) {
         c[i][j] = (Vector){0};
     }
-    multiply(c, VECTORS, a, 1, columns, KEYS, pairs);
+    multiply_pairs(c, VECTORS, a, 1, columns, KEYS, pairs);
 }
 
 /* S, the softmax, dP and its gradient, for TILE queries by KEY_STEP keys: D and dS. */
@@ -268,7 +240,7 @@ INLINE void add_gradient(float *sum, int rows, const Pair *left, size_t left_row
             EACH_VECTOR(i, j, 2) {
                 c[i][j] = ((const Vector *)(sum + (size_t)(r + i) * width + d))[j];
             }
-            multiply(c, 2, a, left_step, right + d, width, n);
+            multiply_pairs(c, 2, a, left_step, right + d, width, n);
             EACH_VECTOR(i, j, 2) {
                 ((Vector *)(sum + (size_t)(r + i) * width + d))[j] = c[i][j];
             }
