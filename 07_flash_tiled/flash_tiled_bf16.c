@@ -101,23 +101,27 @@ INLINE void weigh(const Bf16Block *x, Pair *p, Vector top[VECTORS], Vector sum[V
     }
     for (int i0 = 0; i0 < keys; i0 += TILE) {
         Vector c[TILE][VECTORS];
+        const Vector *term = (const Vector *)(terms + i0 * ROWS) + from;
+        PairVector *weights = (PairVector *)(p + i0 / 2 * ROWS) + from;
         const Pair *k[TILE]; /* past the last key: the last again, which flash_ask() forbids */
         for (int i = 0; i < TILE; i++)
-            k[i] = x->k + (size_t)(key + smaller(i0 + i, keys - 1)) * pairs;
+            k[i] = x->k + (size_t)(key + (ask ? smaller(i0 + i, keys - 1) : i0 + i)) * pairs;
         EACH_VECTOR(i, j, vectors)
             c[i][j] = (Vector){0};
         multiply_pairs(c, vectors, k, 1, x->q_columns + from * LANES, ROWS, pairs);
         EACH_VECTOR(i, j, vectors) {
-            Vector score = c[i][j] * to_exponent - m[j];
-            if (ask) { /* first term - m: a mask of -1e9 less m leaves room for the score */
-                Vector term = ((const Vector *)(terms + (i0 + i) * ROWS))[from + j];
-                score = vector_select(term == -INFINITY, term, c[i][j] * to_exponent + (term - m[j]));
-            }
+            /* The term less m first: a mask of -1e9 leaves room for the score. */
+            Vector less_m = -m[j];
+            if (ask)
+                less_m += term[i * VECTORS + j];
+            Vector score = c[i][j] * to_exponent + less_m;
+            if (ask)
+                score = vector_select(less_m == -INFINITY, less_m, score);
             top[j] = vector_max(score, top[j]);
             c[i][j] = exp2_short(score);
             sum[j] += c[i][j];
             if (i % 2)
-                ((PairVector *)(p + (i0 + i) / 2 * ROWS))[from + j] = pairs_from(c[i - 1][j], c[i][j]);
+                weights[i / 2 * VECTORS + j] = pairs_from(c[i - 1][j], c[i][j]);
         }
     }
 }
