@@ -15,6 +15,7 @@
 #include "flash_tiled_simd.h"
 
 static const float log2e = 1.44269504f;
+static const float forbidden = -1;
 
 enum {
     ROWS = 96,                  /* queries and */
@@ -45,8 +46,9 @@ typedef struct {
     _Alignas(64) Pair weight_pairs[ROWS / 2 * KEYS]; /* (ROWS/2,KEYS): D and */
     Pair ds_pairs[ROWS / 2 * KEYS];                  /* dS, pairs of queries */
     Pair ds_rows[ROWS * KEYS / 2];                   /* (ROWS,KEYS/2): dS, pairs of keys */
-    float extra[ROWS * KEYS];     /* (ROWS,KEYS): -inf where a query may not look, else 0 */
-    float kept[ROWS * KEYS];      /* (ROWS,KEYS): dropout's factor, 0 or 1 / (1 - p) */
+    float kept
+        [ROWS *
+         KEYS]; /* (ROWS,KEYS): dropout's factor, 0 or 1 / (1 - p); `forbidden` where a query may not look */
     float lse[ROWS], delta[ROWS]; /* lse times log2 e, +inf for a row that saw nothing */
 
     int pairs, width;
@@ -160,24 +162,25 @@ static Sight look_ahead(const Place *p)
     return sight;
 }
 
-/* extra and kept of the keys in sight, and of those that share a register tile with the last. */
+/* kept of the keys in sight, and of those that share a register tile with the last. */
 static void look_up(Scratch *x, const Place *p, const Sight *sight)
 {
     const AttentionShape *s = p->s;
     for (int r = 0; r < ROWS; r++) {
-        float *extra = x->extra + r * KEYS, *kept = x->kept + r * KEYS;
+        float *kept = x->kept + r * KEYS;
         int first = 0, end = 0, t = p->t + r;
         bool one_run = r >= p->rows || flash_bounds(s, p->b, t, &first, &end);
+        for (int i = sight->from; i < round_up(sight->to, KEY_UNIT); i++)
+            kept[i] = 1;
+        if (s->dropout > 0 && r < p->rows)
+            dropout_row(kept, s, lse_index(s, p->b, p->h, t), p->key, sight->from, sight->to);
         for (int i = sight->from; i < round_up(sight->to, KEY_UNIT); i++) {
             bool sees = (first <= p->key + i) & (p->key + i < end) & (i < sight->to);
-            extra[i] = sees ? 0 : -INFINITY;
-            kept[i] = 1;
+            kept[i] = sees ? kept[i] : forbidden;
         }
         for (int i = sight->from; !one_run && i < sight->to; i++)
             if (!attends(s, p->b, p->h, t, p->key + i))
-                extra[i] = -INFINITY;
-        if (s->dropout > 0 && r < p->rows)
-            dropout_row(kept, s, lse_index(s, p->b, p->h, t), p->key, sight->from, sight->to);
+                kept[i] = forbidden;
     }
 }
 
@@ -198,13 +201,15 @@ INLINE void weigh(Scratch *x, const Place *p, int r, int key, bool all)
 {
     float to_exponent = p->s->scale * log2e;
     Vector c[TILE][VECTORS], weight[TILE][VECTORS];
+    const Vector *kept = (const Vector *)(x->kept + r * KEYS + key);
+    PairVector *weight_pairs = (PairVector *)(x->weight_pairs + r / 2 * KEYS + key);
+    PairVector *ds_pairs = (PairVector *)(x->ds_pairs + r / 2 * KEYS + key);
+    Bf16 *ds_rows = (Bf16 *)x->ds_rows + r * KEYS + key;
     multiply_rows(c, x->q_rows, r, p->rows - 1, x->k_columns + key, x->pairs);
     EACH_VECTOR(i, j, VECTORS) {
         Vector score = c[i][j] * to_exponent - x->lse[r + i];
-        if (!all) {
-            Vector extra = ((const Vector *)(x->extra + (r + i) * KEYS + key))[j];
-            score = vector_select(extra == -INFINITY, extra, score);
-        }
+        if (!all)
+            score = vector_select(kept[i * KEYS / LANES + j] < 0, (Vector){0} - INFINITY, score);
         weight[i][j] = exp2_short(score);
     }
     multiply_rows(c, x->dout_rows, r, p->rows - 1, x->v_columns + key, x->pairs);
@@ -213,16 +218,14 @@ INLINE void weigh(Scratch *x, const Place *p, int r, int key, bool all)
         if (all)
             c[i][j] = w * (c[i][j] - x->delta[r + i]);
         else {
-            size_t at = (r + i) * KEYS + key;
-            Vector extra = ((const Vector *)(x->extra + at))[j], kept = ((const Vector *)(x->kept + at))[j];
-            c[i][j] = vector_select(extra == -INFINITY, (Vector){0}, w * (kept * c[i][j] - x->delta[r + i]));
-            weight[i][j] = w * kept;
+            Vector factor = kept[i * KEYS / LANES + j];
+            c[i][j] = vector_select(factor < 0, (Vector){0}, w * (factor * c[i][j] - x->delta[r + i]));
+            weight[i][j] = w * factor;
         }
-        store_row((Bf16 *)(x->ds_rows + ((size_t)(r + i) * KEYS + key) / 2) + j * LANES, c[i][j]);
+        store_row(ds_rows + i * KEYS + j * LANES, c[i][j]);
         if (i % 2) {
-            size_t at = (size_t)(r + i) / 2 * KEYS + key;
-            ((PairVector *)(x->ds_pairs + at))[j] = pairs_from(c[i - 1][j], c[i][j]);
-            ((PairVector *)(x->weight_pairs + at))[j] = pairs_from(weight[i - 1][j], weight[i][j]);
+            ds_pairs[i / 2 * KEYS / LANES + j] = pairs_from(c[i - 1][j], c[i][j]);
+            weight_pairs[i / 2 * KEYS / LANES + j] = pairs_from(weight[i - 1][j], weight[i][j]);
         }
     }
 }
@@ -237,13 +240,11 @@ INLINE void add_gradient(float *sum, int rows, const Pair *left, size_t left_row
             const Pair *a[TILE];
             for (int i = 0; i < TILE; i++)
                 a[i] = left + (r + i) * left_row;
-            EACH_VECTOR(i, j, 2) {
+            EACH_VECTOR(i, j, 2)
                 c[i][j] = ((const Vector *)(sum + (size_t)(r + i) * width + d))[j];
-            }
             multiply_pairs(c, 2, a, left_step, right + d, width, n);
-            EACH_VECTOR(i, j, 2) {
+            EACH_VECTOR(i, j, 2)
                 ((Vector *)(sum + (size_t)(r + i) * width + d))[j] = c[i][j];
-            }
         }
 }
 
