@@ -28,6 +28,45 @@ INLINE Vector add_pair_products(Vector sum, Pair a, PairVector b)
 #endif
 }
 
+/* c[i][j] += the sum over k < n of pair a[i][k * a_step] times pairs b[k * b_step][j], as multiply_add() of vectors.h. */
+INLINE void multiply_pairs(Vector c[TILE][VECTORS], int vectors, const Pair *const a[TILE], size_t a_step,
+                           const Pair *b, size_t b_step, int n)
+{
+    for (int k = 0; k < n; k++, b += b_step)
+        EACH_VECTOR(i, j, vectors)
+            c[i][j] = add_pair_products(c[i][j], a[i][k * a_step], ((const PairVector *)b)[j]);
+}
+
+/* ---- Rows of HS numbers: what follows the last of an odd HS is 0 ---- */
+
+/* A row's pairs go to every step-th place, and come back. */
+INLINE void scatter_row(Pair *to, size_t step, const Bf16 *row, int HS)
+{
+    for (int d = 0; d + 1 < HS; d += 2)
+        memcpy(to + (size_t)d / 2 * step, row + d, sizeof *to);
+    if (HS % 2)
+        to[(size_t)HS / 2 * step] = row[HS - 1];
+}
+INLINE void gather_row(Bf16 *row, const Pair *from, size_t step, int HS)
+{
+    for (int d = 0; d + 1 < HS; d += 2)
+        memcpy(row + d, from + (size_t)d / 2 * step, sizeof *from);
+    if (HS % 2)
+        row[HS - 1] = (Bf16)from[(size_t)HS / 2 * step];
+}
+
+/* Two rows side by side: row r of `to` (n / 2 rounded up, width) holds rows 2r and 2r + 1. Its other numbers stay. */
+static inline void pair_rows(Pair *to, size_t width, const Bf16 *from, int n, int HS)
+{
+    for (int r = 0; r + 1 < n; r += 2, to += width, from += 2 * HS)
+        for (int d = 0; d < HS; d++)
+            to[d] = from[d] | (Pair)from[HS + d] << 16;
+    for (int d = 0; n % 2 && d < HS; d++)
+        to[d] = from[d];
+}
+
+/* ---- Rounding ---- */
+
 #ifndef __AVX512BF16__
 /* Rounded in the upper half; the lower is what it may be. A NaN of any bits stays one: no carry runs out of it. */
 INLINE PairVector rounded(Vector x)
@@ -62,13 +101,14 @@ INLINE void store_row(Bf16 *row, Vector x)
 #endif
 }
 
+/* ---- Powers of two ---- */
+
 /* 2^x for x <= 127, as exp2_vector() of vectors.h with a term less: relative error 9e-8. Below -150 exactly 0, NaN
- * stays NaN. */
+ * stays NaN. What AVX-512 takes for the fraction leaves 0 of -inf: nothing to clamp. */
 INLINE Vector exp2_short(Vector x)
 {
 #ifdef __AVX512F__
-    x = vector_max((Vector){0} - 200.0f, x);
-    Vector n = (Vector)_mm512_roundscale_ps((__m512)x, 0), f = x - n;
+    Vector n = (Vector)_mm512_roundscale_ps((__m512)x, 0), f = (Vector)_mm512_reduce_ps((__m512)x, 0);
 #else
     const float shift = 12582912.0f;
     x = vector_max((Vector){0} - 127.0f, x);

@@ -15,6 +15,7 @@
 #include "flash_tiled_simd.h"
 
 static const float log2e = 1.44269504f;
+static const float forbidden = -1;
 
 enum {
     ROWS = 96,                  /* queries and */
@@ -40,53 +41,47 @@ static int round_up(int n, int unit)
     return (n + unit - 1) / unit * unit;
 }
 
-/* What a task works in. pairs is HS / 2, width HS rounded up to WIDE; what is beyond a row's HS numbers, beyond the last
- * query or the last key, is zero. */
+/* What a task works in. pairs is HS / 2, width HS rounded up to WIDE. */
 typedef struct {
+    _Alignas(64) Pair weight_pairs[ROWS / 2 * KEYS]; /* (ROWS/2,KEYS): D and */
+    Pair ds_pairs[ROWS / 2 * KEYS];                  /* dS, pairs of queries */
+    Pair ds_rows[ROWS * KEYS / 2];                   /* (ROWS,KEYS/2): dS, pairs of keys */
+    float kept
+        [ROWS *
+         KEYS]; /* (ROWS,KEYS): dropout's factor, 0 or 1 / (1 - p); `forbidden` where a query may not look */
+    float lse[ROWS], delta[ROWS]; /* lse times log2 e, +inf for a row that saw nothing */
+
     int pairs, width;
-    Pair *k_columns, *v_columns;   /* (pairs,KEYS): K^T, V^T, pairs of a row's numbers */
-    Pair *k_pairs;                 /* (KEYS/2,width): pairs of keys */
-    Pair *q_rows, *dout_rows;      /* (ROWS,pairs) */
-    Pair *q_pairs, *dout_pairs;    /* (ROWS/2,width): pairs of queries */
-    Pair *weight_pairs, *ds_pairs; /* (ROWS/2,KEYS): D and dS, pairs of queries */
-    Pair *ds_rows;                 /* (ROWS,KEYS/2): dS, pairs of keys */
-    float *dk, *dv;                /* (KEYS,width): sums so far */
-    float *extra;                  /* (ROWS,KEYS): -inf where a query may not look, else 0 */
-    float *kept;                   /* (ROWS,KEYS): dropout's factor, 0 or 1 / (1 - p) */
-    float *lse, *delta;            /* (ROWS): lse times log2 e, +inf for a row that saw nothing */
+    const Pair *q_rows, *dout_rows; /* (rows,pairs): in the tensors, or where HS is odd in */
+    Pair *q_copy, *dout_copy;       /* (ROWS,pairs) */
+    Pair *q_pairs, *dout_pairs;     /* (ROWS/2,width): pairs of queries; 0 beyond the last */
+    Pair *k_columns, *v_columns; /* (pairs,KEYS): K^T, V^T, pairs of a row's numbers; 0 beyond the last key */
+    Pair *k_pairs;               /* (KEYS/2,width): pairs of keys; likewise */
+    float *dk, *dv;              /* (KEYS,width): sums so far */
 } Scratch;
 
-/* The next n numbers of 4 bytes; at: how many were taken before, in multiples of 64 bytes. */
-static void *take(float *scratch, size_t *at, size_t n)
+static size_t scratch_size(int head_size) /* in floats, a multiple of 64 bytes */
 {
-    void *taken = scratch ? scratch + *at : NULL;
-    *at += (n + 15) / 16 * 16;
-    return taken;
+    return sizeof(Scratch) / sizeof(float) +
+           (size_t)(3 * KEYS / 2 + 2 * KEYS + 2 * ROWS) * round_up(head_size, WIDE);
 }
 
-/* Lays it out in scratch; returns how many floats that takes. scratch NULL: only counts. */
-static size_t lay_out(Scratch *x, float *scratch, int head_size)
+static Scratch *lay_out(float *scratch, int head_size)
 {
-    size_t at = 0, pairs = (head_size + 1) / 2, width = round_up(head_size, WIDE);
-    x->pairs = (int)pairs;
-    x->width = (int)width;
-    x->k_columns = take(scratch, &at, pairs * KEYS);
-    x->v_columns = take(scratch, &at, pairs * KEYS);
-    x->k_pairs = take(scratch, &at, KEYS / 2 * width);
-    x->q_rows = take(scratch, &at, ROWS * pairs);
-    x->dout_rows = take(scratch, &at, ROWS * pairs);
-    x->q_pairs = take(scratch, &at, ROWS / 2 * width);
-    x->dout_pairs = take(scratch, &at, ROWS / 2 * width);
-    x->weight_pairs = take(scratch, &at, ROWS / 2 * KEYS);
-    x->ds_pairs = take(scratch, &at, ROWS / 2 * KEYS);
-    x->ds_rows = take(scratch, &at, ROWS * KEYS / 2);
-    x->dk = take(scratch, &at, KEYS * width);
-    x->dv = take(scratch, &at, KEYS * width);
-    x->extra = take(scratch, &at, ROWS * KEYS);
-    x->kept = take(scratch, &at, ROWS * KEYS);
-    x->lse = take(scratch, &at, ROWS);
-    x->delta = take(scratch, &at, ROWS);
-    return at;
+    Scratch *x = (Scratch *)scratch;
+    x->pairs = (head_size + 1) / 2;
+    x->width = round_up(head_size, WIDE);
+    size_t rows = ROWS / 2 * (size_t)x->width, keys = KEYS / 2 * (size_t)x->width;
+    x->q_copy = (Pair *)(x + 1);
+    x->dout_copy = x->q_copy + rows;
+    x->q_pairs = x->dout_copy + rows;
+    x->dout_pairs = x->q_pairs + rows;
+    x->k_columns = x->dout_pairs + rows;
+    x->v_columns = x->k_columns + keys;
+    x->k_pairs = x->v_columns + keys;
+    x->dk = (float *)(x->k_pairs + keys);
+    x->dv = x->dk + 2 * keys;
+    return x;
 }
 
 /* ---- A block of keys, and a block of queries ---- */
@@ -101,57 +96,46 @@ typedef struct {
     int key, keys;
 } Place;
 
-/* Rows of HS numbers, padded with zeros to pairs. */
-static void copy_rows(Pair *to, const Bf16 *from, int rows, int most, const Scratch *x, int HS)
+/* Rows of HS numbers as they lie, which are rows of pairs, or where HS is odd a copy of them. */
+static const Pair *rows_of_pairs(Pair *copy, const Bf16 *rows, int n, int HS)
 {
-    memset(to, 0, (size_t)most * x->pairs * sizeof *to);
-    for (int r = 0; r < rows; r++)
-        memcpy(to + (size_t)r * x->pairs, from + (size_t)r * HS, HS * sizeof *from);
+    if (HS % 2 == 0)
+        return (const Pair *)rows;
+    for (int r = 0; r < n; r++)
+        scatter_row(copy + (size_t)r * (HS + 1) / 2, 1, rows + (size_t)r * HS, HS);
+    return copy;
 }
 
-/* Two rows side by side: row r of `to` (most / 2, width) holds rows 2r and 2r + 1. */
-static void pair_rows(Pair *to, const Bf16 *from, int rows, int most, const Scratch *x, int HS)
+/* Pairs of rows, room for `most` rows. */
+static void pair_block(Pair *to, int most, const Scratch *x, const Bf16 *rows, int n, int HS)
 {
-    memset(to, 0, (size_t)most / 2 * x->width * sizeof *to);
-    for (int r = 0; r < rows; r += 2, to += x->width, from += 2 * HS) {
-        const Bf16 *second = r + 1 < rows ? from + HS : NULL;
-        for (int d = 0; second && d < HS; d++)
-            to[d] = from[d] | (Pair)second[d] << 16;
-        for (int d = 0; !second && d < HS; d++)
-            to[d] = from[d];
-    }
+    if (n < most || HS < x->width)
+        memset(to, 0, (size_t)most / 2 * x->width * sizeof *to);
+    pair_rows(to, x->width, rows, n, HS);
 }
 
-/* Rows turned: (pairs,KEYS). */
-static void turn_rows(Pair *to, const Bf16 *from, int rows, const Scratch *x, int HS)
-{
-    memset(to, 0, (size_t)x->pairs * KEYS * sizeof *to);
-    for (int r = 0; r < rows; r++, from += HS) {
-        for (int d = 0; d + 1 < HS; d += 2)
-            memcpy(to + (size_t)d / 2 * KEYS + r, from + d, sizeof *to);
-        if (HS % 2)
-            to[(size_t)HS / 2 * KEYS + r] = from[HS - 1];
-    }
-}
-
-static void read_keys(const Scratch *x, const Place *p)
+static void read_keys(Scratch *x, const Place *p)
 {
     int HS = p->s->head_size;
     const Bf16 *k = p->g->k + key_row(p->s, p->b, p->h, p->key), *v = p->g->v + (k - p->g->k);
-    turn_rows(x->k_columns, k, p->keys, x, HS);
-    turn_rows(x->v_columns, v, p->keys, x, HS);
-    pair_rows(x->k_pairs, k, p->keys, KEYS, x, HS);
+    memset(x->k_columns, 0, (size_t)x->pairs * KEYS * sizeof(Pair));
+    memset(x->v_columns, 0, (size_t)x->pairs * KEYS * sizeof(Pair));
+    for (int i = 0; i < p->keys; i++) {
+        scatter_row(x->k_columns + i, KEYS, k + (size_t)i * HS, HS);
+        scatter_row(x->v_columns + i, KEYS, v + (size_t)i * HS, HS);
+    }
+    pair_block(x->k_pairs, KEYS, x, k, p->keys, HS);
 }
 
-/* Rows from `rows` on are zero, and see nothing. */
-static void read_queries(const Scratch *x, const Place *p)
+static void read_queries(Scratch *x, const Place *p)
 {
     int HS = p->s->head_size;
-    size_t row = query_row(p->s, p->b, p->h, p->t), first = lse_index(p->s, p->b, p->h, p->t);
-    copy_rows(x->q_rows, p->g->q + row, p->rows, ROWS, x, HS);
-    copy_rows(x->dout_rows, p->g->dout + row, p->rows, ROWS, x, HS);
-    pair_rows(x->q_pairs, p->g->q + row, p->rows, ROWS, x, HS);
-    pair_rows(x->dout_pairs, p->g->dout + row, p->rows, ROWS, x, HS);
+    size_t first = lse_index(p->s, p->b, p->h, p->t);
+    const Bf16 *q = p->g->q + first * HS, *dout = p->g->dout + first * HS;
+    x->q_rows = rows_of_pairs(x->q_copy, q, p->rows, HS);
+    x->dout_rows = rows_of_pairs(x->dout_copy, dout, p->rows, HS);
+    pair_block(x->q_pairs, ROWS, x, q, p->rows, HS);
+    pair_block(x->dout_pairs, ROWS, x, dout, p->rows, HS);
     for (int r = 0; r < ROWS; r++) {
         float lse = r < p->rows ? p->g->lse[first + r] : -INFINITY;
         x->lse[r] = lse == -INFINITY ? INFINITY : log2e * lse; /* 2^(score - inf) = 0 */
@@ -178,79 +162,70 @@ static Sight look_ahead(const Place *p)
     return sight;
 }
 
-/* extra and kept of the keys in sight, and of those that share a register tile with the last. */
-static void look_up(const Scratch *x, const Place *p, const Sight *sight)
+/* kept of the keys in sight, and of those that share a register tile with the last. */
+static void look_up(Scratch *x, const Place *p, const Sight *sight)
 {
     const AttentionShape *s = p->s;
     for (int r = 0; r < ROWS; r++) {
-        float *extra = x->extra + r * KEYS, *kept = x->kept + r * KEYS;
+        float *kept = x->kept + r * KEYS;
         int first = 0, end = 0, t = p->t + r;
         bool one_run = r >= p->rows || flash_bounds(s, p->b, t, &first, &end);
+        for (int i = sight->from; i < round_up(sight->to, KEY_UNIT); i++)
+            kept[i] = 1;
+        if (s->dropout > 0 && r < p->rows)
+            dropout_row(kept, s, lse_index(s, p->b, p->h, t), p->key, sight->from, sight->to);
         for (int i = sight->from; i < round_up(sight->to, KEY_UNIT); i++) {
             bool sees = (first <= p->key + i) & (p->key + i < end) & (i < sight->to);
-            extra[i] = sees ? 0 : -INFINITY;
-            kept[i] = 1;
+            kept[i] = sees ? kept[i] : forbidden;
         }
         for (int i = sight->from; !one_run && i < sight->to; i++)
             if (!attends(s, p->b, p->h, t, p->key + i))
-                extra[i] = -INFINITY;
-        if (s->dropout > 0 && r < p->rows)
-            dropout_row(kept, s, lse_index(s, p->b, p->h, t), p->key, sight->from, sight->to);
+                kept[i] = forbidden;
     }
 }
 
-/* c[i][j] += the sum over k of pair a[i][k * a_step] times pairs b[k * b_step][j]. */
-INLINE void multiply(Vector c[TILE][VECTORS], int vectors, const Pair *const a[TILE], size_t a_step,
-                     const Pair *b, size_t b_step, int n)
-{
-    for (int k = 0; k < n; k++, b += b_step)
-        EACH_VECTOR(i, j, vectors) {
-            c[i][j] = add_pair_products(c[i][j], a[i][k * a_step], ((const PairVector *)b)[j]);
-        }
-}
-
-/* c = TILE rows of `rows` times KEY_STEP columns. */
-INLINE void multiply_rows(Vector c[TILE][VECTORS], const Pair *rows, const Pair *columns, int pairs)
+/* c = TILE rows times KEY_STEP columns; past row `last`: that one again, whose weights are 0. */
+INLINE void multiply_rows(Vector c[TILE][VECTORS], const Pair *rows, int r, int last, const Pair *columns,
+                          int pairs)
 {
     const Pair *a[TILE];
     for (int i = 0; i < TILE; i++)
-        a[i] = rows + (size_t)i * pairs;
-    EACH_VECTOR(i, j, VECTORS) {
+        a[i] = rows + (size_t)smaller(r + i, last) * pairs;
+    EACH_VECTOR(i, j, VECTORS)
         c[i][j] = (Vector){0};
-    }
-    multiply(c, VECTORS, a, 1, columns, KEYS, pairs);
+    multiply_pairs(c, VECTORS, a, 1, columns, KEYS, pairs);
 }
 
 /* S, the softmax, dP and its gradient, for TILE queries by KEY_STEP keys: D and dS. */
-INLINE void weigh(const Scratch *x, const Place *p, int r, int key, bool all)
+INLINE void weigh(Scratch *x, const Place *p, int r, int key, bool all)
 {
     float to_exponent = p->s->scale * log2e;
     Vector c[TILE][VECTORS], weight[TILE][VECTORS];
-    multiply_rows(c, x->q_rows + (size_t)r * x->pairs, x->k_columns + key, x->pairs);
+    const Vector *kept = (const Vector *)(x->kept + r * KEYS + key);
+    PairVector *weight_pairs = (PairVector *)(x->weight_pairs + r / 2 * KEYS + key);
+    PairVector *ds_pairs = (PairVector *)(x->ds_pairs + r / 2 * KEYS + key);
+    Bf16 *ds_rows = (Bf16 *)x->ds_rows + r * KEYS + key;
+    multiply_rows(c, x->q_rows, r, p->rows - 1, x->k_columns + key, x->pairs);
     EACH_VECTOR(i, j, VECTORS) {
         Vector score = c[i][j] * to_exponent - x->lse[r + i];
-        if (!all) {
-            Vector extra = ((const Vector *)(x->extra + (r + i) * KEYS + key))[j];
-            score = vector_select(extra == -INFINITY, extra, score);
-        }
+        if (!all)
+            score = vector_select(kept[i * KEYS / LANES + j] < 0, (Vector){0} - INFINITY, score);
         weight[i][j] = exp2_short(score);
     }
-    multiply_rows(c, x->dout_rows + (size_t)r * x->pairs, x->v_columns + key, x->pairs);
+    multiply_rows(c, x->dout_rows, r, p->rows - 1, x->v_columns + key, x->pairs);
     EACH_VECTOR(i, j, VECTORS) {
         Vector w = weight[i][j];
         if (all)
             c[i][j] = w * (c[i][j] - x->delta[r + i]);
         else {
-            size_t at = (r + i) * KEYS + key;
-            Vector extra = ((const Vector *)(x->extra + at))[j], kept = ((const Vector *)(x->kept + at))[j];
-            c[i][j] = vector_select(extra == -INFINITY, (Vector){0}, w * (kept * c[i][j] - x->delta[r + i]));
-            weight[i][j] = w * kept;
+            Vector factor = kept[i * KEYS / LANES + j];
+            c[i][j] = vector_select(factor < 0, (Vector){0}, w * (factor * c[i][j] - x->delta[r + i]));
+            weight[i][j] = w * factor;
         }
-        store_row((Bf16 *)(x->ds_rows + ((size_t)(r + i) * KEYS + key) / 2) + j * LANES, c[i][j]);
+        store_row(ds_rows + i * KEYS + j * LANES, c[i][j]);
         if (i % 2) {
-            size_t at = (size_t)(r + i) / 2 * KEYS + key;
-            ((PairVector *)(x->ds_pairs + at))[j] = pairs_from(c[i - 1][j], c[i][j]);
-            ((PairVector *)(x->weight_pairs + at))[j] = pairs_from(weight[i - 1][j], weight[i][j]);
+            ds_pairs[i / 2 * KEYS / LANES + j] = pairs_from(c[i - 1][j], c[i][j]);
+            weight_pairs[i / 2 * KEYS / LANES + j] = pairs_from(weight[i - 1][j], weight[i][j]);
         }
     }
 }
@@ -265,18 +240,16 @@ INLINE void add_gradient(float *sum, int rows, const Pair *left, size_t left_row
             const Pair *a[TILE];
             for (int i = 0; i < TILE; i++)
                 a[i] = left + (r + i) * left_row;
-            EACH_VECTOR(i, j, 2) {
+            EACH_VECTOR(i, j, 2)
                 c[i][j] = ((const Vector *)(sum + (size_t)(r + i) * width + d))[j];
-            }
-            multiply(c, 2, a, left_step, right + d, width, n);
-            EACH_VECTOR(i, j, 2) {
+            multiply_pairs(c, 2, a, left_step, right + d, width, n);
+            EACH_VECTOR(i, j, 2)
                 ((Vector *)(sum + (size_t)(r + i) * width + d))[j] = c[i][j];
-            }
         }
 }
 
 /* The block's queries meet its keys. dq (ROWS,width) */
-static void meet(const Scratch *x, const Place *p, float *dq)
+static void meet(Scratch *x, const Place *p, float *dq)
 {
     Sight sight = look_ahead(p);
     if (sight.from >= sight.to)
@@ -336,8 +309,7 @@ static size_t lists(const AttentionShape *s)
 
 size_t bf16_backward_scratch(const AttentionShape *s)
 {
-    Scratch x;
-    return lists(s) * lay_out(&x, NULL, s->head_size);
+    return lists(s) * scratch_size(s->head_size);
 }
 
 static void write_key_gradient(const Scratch *x, const Place *p, int block)
@@ -359,22 +331,21 @@ static void task_gradient(const Bf16Backward *g, const float *delta, float *sums
     int n = chunks(s), head = (int)(task / n), chunk = (int)(task % n);
     Place p = {.g = g, .s = s, .delta = delta, .b = head / s->heads, .h = head % s->heads};
     int valid = s->lengths ? s->lengths[p.b] : s->key_tokens; /* what lies beyond is not read */
-    Scratch x;
-    lay_out(&x, scratch, s->head_size);
+    Scratch *x = lay_out(scratch, s->head_size);
     float *dq = sums + task * task_sums(s);
     memset(dq, 0, task_sums(s) * sizeof *dq);
 
     for (int block = chunk * key_blocks(s) / n; block < (chunk + 1) * key_blocks(s) / n; block++) {
         p.key = block * KEYS;
         p.keys = larger(0, smaller(KEYS, valid - p.key));
-        read_keys(&x, &p);
-        memset(x.dk, 0, (size_t)KEYS * x.width * sizeof *x.dk);
-        memset(x.dv, 0, (size_t)KEYS * x.width * sizeof *x.dv);
+        read_keys(x, &p);
+        memset(x->dk, 0, (size_t)KEYS * x->width * sizeof *x->dk);
+        memset(x->dv, 0, (size_t)KEYS * x->width * sizeof *x->dv);
         for (p.t = 0; p.t < s->tokens; p.t += ROWS) {
             p.rows = smaller(ROWS, s->tokens - p.t);
-            meet(&x, &p, dq + (size_t)p.t * x.width);
+            meet(x, &p, dq + (size_t)p.t * x->width);
         }
-        write_key_gradient(&x, &p, block);
+        write_key_gradient(x, &p, block);
     }
 }
 
@@ -403,7 +374,7 @@ static void finish_row(const Bf16Backward *g, const float *sums, const Attention
 void attention_bf16_backward(const Bf16Backward *g, float *delta, float *sums, float *scratch,
                              const AttentionShape *s)
 {
-    size_t n = lists(s), tasks = all_tasks(s), floats = bf16_backward_scratch(s) / n, HS = s->head_size;
+    size_t n = lists(s), tasks = all_tasks(s), floats = scratch_size(s->head_size), HS = s->head_size;
 #pragma omp parallel for
     for (size_t row = 0; row < lse_count(s); row++)
         delta[row] = row_delta(g->dout + row * HS, g->out + row * HS, (int)HS);

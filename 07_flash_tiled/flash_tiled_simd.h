@@ -30,7 +30,8 @@ typedef struct {
     int h, t;       /* which query this is, for mask, bias and dropout; h counts over all NH heads */
 } FlashRow;
 
-typedef struct {
+typedef struct FlashBlock FlashBlock;
+struct FlashBlock {
     /* Filled in by the caller. */
     const AttentionShape *s; /* head_size, scale, mask, causal, lengths, bias, dropout */
     int b;
@@ -48,7 +49,10 @@ typedef struct {
     _Alignas(64) int first[FLASH_ROWS]; /* a row sees no key outside first <= t2 < end */
     _Alignas(64) int end[FLASH_ROWS];
     bool one_run; /* each row sees every key from its first to its end, if there is no bias */
-} FlashBlock;
+
+    /* NULL; bf16: what does a tile in flash_attend_tile()'s place. Its keys come in pairs, an even one first. */
+    void (*attend_pairs)(FlashBlock *block, int key, int keys, bool ask, int from, int vectors);
+};
 
 /* How many floats of scratch one block needs, a multiple of 64 bytes. It must be 64-byte aligned; what is in
  * it does not matter. */
@@ -56,6 +60,9 @@ size_t flash_scratch(int head_size);
 
 /* Reads the queries; m = l = out = 0. */
 void flash_begin(FlashBlock *block, float *scratch);
+
+/* The part of it that asks for no numbers: bounds; m = l = 0. */
+void flash_begin_rows(FlashBlock *block);
 
 /* Attends to the keys first <= t2 < end, which must exist (0 <= first, end <= TK); an empty range is nothing.
  *
@@ -70,6 +77,10 @@ void flash_attend(FlashBlock *block, int first, int end, bool look);
 /* One tile: at most FLASH_KEYS keys, by the block's vectors from .. from + vectors - 1 (1 .. VECTORS of them). ask: what
  * flash_ask() says of each pair counts; without, each row sees every key, and keys is a multiple of TILE. */
 void flash_attend_tile(FlashBlock *block, int key, int keys, bool ask, int from, int vectors);
+
+/* top: the largest score - m of the tile. Would the weights 2^(score - m) fit into floats with this m? Where not, m
+ * moves to the largest score, and what was summed up so far is mended; true if the tile must be scored again. */
+bool flash_raise_maximum(FlashBlock *block, const Vector top[VECTORS], int from, int vectors);
 
 /* Attends to every key that mask, causality, lengths and bias let these rows see: the run of keys that all
  * rows see without looking, the keys before and after it with. All that a chapter without block lists needs

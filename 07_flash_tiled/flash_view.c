@@ -2,6 +2,11 @@
  * flash_tiled_simd.h. */
 #include "flash_tiled_simd.h"
 
+#include <math.h>
+
+/* How far a score may stand above m, in powers of two, before m has to follow. */
+static const float headroom = 20;
+
 static int smaller(int a, int b)
 {
     return a < b ? a : b;
@@ -9,6 +14,54 @@ static int smaller(int a, int b)
 static int larger(int a, int b)
 {
     return a > b ? a : b;
+}
+
+void flash_begin_rows(FlashBlock *block)
+{
+    for (int r = 0; r < FLASH_ROWS; r++) {
+        block->m[r] = block->l[r] = 0;
+        block->first[r] = block->end[r] = 0;
+        if (r < block->rows)
+            block->one_run =
+                flash_bounds(block->s, block->b, block->row[r].t, &block->first[r], &block->end[r]);
+    }
+}
+
+/* A row that has seen nothing yet started with m = 0, which may also be far too large for it. Random scores never get
+ * beyond the first loop; large ones do once or twice a row. */
+bool flash_raise_maximum(FlashBlock *block, const Vector top[VECTORS], int from, int vectors)
+{
+    const float *above = (const float *)top;
+    bool fits = true, again = false;
+    for (int i = 0; i < vectors * LANES; i++)
+        fits &= (above[i] <= headroom) & (block->l[from * LANES + i] != 0);
+    for (int i = 0; !fits && i < vectors * LANES; i++) {
+        int row = from * LANES + i;
+        bool nothing_yet = block->l[row] == 0;
+        if (above[i] <= headroom && (!nothing_yet || above[i] >= -headroom || above[i] == -INFINITY))
+            continue;
+        float mend = nothing_yet ? 0 : exp2f(-above[i]);
+        block->m[row] += above[i];
+        block->l[row] *= mend;
+        for (size_t d = 0; d < (size_t)block->s->head_size; d++)
+            block->out_columns[d * FLASH_ROWS + row] *= mend;
+        again = true;
+    }
+    return again;
+}
+
+/* Where tiles are cut: at any key, or between pairs. */
+static int unit_of(const FlashBlock *block)
+{
+    return block->attend_pairs ? 2 : 1;
+}
+static int round_down(int n, int unit)
+{
+    return n / unit * unit;
+}
+static int round_up(int n, int unit)
+{
+    return (n + unit - 1) / unit * unit;
 }
 
 /* The vectors from .. to - 1 hold all rows that may see the key; returns how many keys on this holds. */
@@ -22,6 +75,8 @@ static int seeing_vectors(const FlashBlock *block, int key, int keys, int *from,
             first = r == j * LANES || block->first[r] < first ? block->first[r] : first;
             end = block->end[r] > end ? block->end[r] : end;
         }
+        first = round_down(first, unit_of(block));
+        end = round_up(end, unit_of(block));
         if (first <= key && key < end) {
             *from = smaller(*from, j);
             *to = j + 1;
@@ -42,7 +97,8 @@ void flash_attend(FlashBlock *block, int first, int end, bool look)
         if (look)
             keys = seeing_vectors(block, key, keys, &from, &to);
         if (from < to)
-            flash_attend_tile(block, key, keys, look || keys % TILE, from, to - from);
+            (block->attend_pairs ? block->attend_pairs
+                                 : flash_attend_tile)(block, key, keys, look || keys % TILE, from, to - from);
     }
 }
 
@@ -55,6 +111,9 @@ void flash_attend_allowed(FlashBlock *block)
         end = larger(end, block->end[r]);
         all_end = smaller(all_end, block->end[r]);
     }
+    first = round_down(first, unit_of(block));
+    all_first = round_up(all_first, unit_of(block));
+    all_end = round_down(all_end, unit_of(block));
     bool ask = !block->one_run || block->s->bias;
     if (ask || all_first >= all_end)
         all_first = all_end = end;
