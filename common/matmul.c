@@ -13,9 +13,28 @@
 #include <cblas.h>
 #endif
 
-/* Rows of out that one call computes. Each call copies all of B once more into its own order: with 256 rows
- * that costs 2 to 3% of the speed, and 1024 rows still make work for four threads. */
+/* Rows of out that one call computes, at most. Each call copies all of B once more into its own order: with 256
+ * rows that takes a tenth of the time, with 512 half of that. The plain loops copy B in small pieces. */
+#ifdef HAVE_CBLAS
+enum { PANEL = 640 };
+#else
 enum { PANEL = 256 };
+#endif
+
+static size_t least(size_t a, size_t b)
+{
+    return a < b ? a : b;
+}
+
+/* Panels come in fours where there is more than one, all of one height, so that two or four threads have as much to
+ * do each; but 128 rows are worth a call of their own, fewer are not. */
+static size_t panel_rows(size_t m)
+{
+    size_t panels = (m + PANEL - 1) / PANEL, most = (m + 127) / 128;
+    panels = (panels + 3) / 4 * 4;
+    panels = least(panels, most);
+    return ((m + panels - 1) / panels + 15) / 16 * 16;
+}
 
 /* What is asked of each of `count` products; bias (n) or NULL is added to every row. */
 typedef struct {
@@ -91,11 +110,6 @@ static void write_tile(float *out, int ld_out, int rows, int columns, float alph
         }
 }
 
-static int least(int a, int b)
-{
-    return a < b ? a : b;
-}
-
 /* At most PANEL rows of out. */
 static void one_product(char transpose_a, char transpose_b, int m, int n, int k, float alpha, const float *a,
                         int ld_a, const float *b, int ld_b, float beta, float *out, int ld_out)
@@ -105,17 +119,17 @@ static void one_product(char transpose_a, char transpose_b, int m, int n, int k,
     size_t b_row = transpose_b == 'T' ? 1 : ld_b, b_column = transpose_b == 'T' ? ld_b : 1;
 
     for (int p = 0; p < k; p += DEPTH) {
-        int depth = least(DEPTH, k - p);
+        int depth = (int)least(DEPTH, k - p);
         for (int i = 0; i < m; i += ROWS)
             pack(packed_a + i * depth, a + i * a_row + p * a_column, a_column, a_row, depth,
-                 least(ROWS, m - i), ROWS);
+                 (int)least(ROWS, m - i), ROWS);
         for (int j = 0; j < n; j += COLUMNS) {
-            int columns = least(COLUMNS, n - j);
+            int columns = (int)least(COLUMNS, n - j);
             pack(packed_b, b + p * b_row + j * b_column, b_row, b_column, depth, columns, COLUMNS);
             for (int i = 0; i < m; i += ROWS) {
                 multiply_tile(tile, depth, packed_a + i * depth, packed_b);
-                write_tile(out + (size_t)i * ld_out + j, ld_out, least(ROWS, m - i), columns, alpha, tile,
-                           p == 0 ? beta : 1);
+                write_tile(out + (size_t)i * ld_out + j, ld_out, (int)least(ROWS, m - i), columns, alpha,
+                           tile, p == 0 ? beta : 1);
             }
         }
     }
@@ -154,10 +168,10 @@ static void scale(float *out, int rows, int n, int ld_out, float beta)
         }
 }
 
-/* The rows from first_row on of the i-th product, PANEL of them or what is left. */
+/* The rows from first_row on of the i-th product, panel_rows() of them or what is left. */
 static void one_panel(const Product *p, size_t i, size_t first_row)
 {
-    int rows = p->m - first_row < PANEL ? (int)(p->m - first_row) : PANEL;
+    int rows = (int)least(panel_rows(p->m), p->m - first_row);
     float *out = p->out + i * p->stride_out + first_row * p->ld_out;
     const float *a = p->a + i * p->stride_a + first_row * (p->transpose_a == 'T' ? 1 : p->ld_a);
     const float *b = p->b + i * p->stride_b;
@@ -181,7 +195,7 @@ static void multiply(const Product *p, int count)
     pthread_once(&settled, settle_library);
     if (p->m == 0 || p->n == 0)
         return;
-    size_t panels = (p->m + PANEL - 1) / PANEL;
+    size_t rows = panel_rows(p->m), panels = (p->m + rows - 1) / rows;
 
 #pragma omp parallel if (!omp_in_parallel() && panels * count > 1)
     {
@@ -189,7 +203,7 @@ static void multiply(const Product *p, int count)
 #pragma omp for collapse(2) schedule(dynamic)
         for (int i = 0; i < count; i++)
             for (size_t panel = 0; panel < panels; panel++)
-                one_panel(p, i, panel * PANEL);
+                one_panel(p, i, panel * rows);
     }
 }
 

@@ -4,7 +4,22 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <unistd.h>
+
+/* A page of 2 MiB takes one entry of the processor's list of pages, where the usual 4 KiB take 512: a head inside a
+ * packed projection has each token in another page of 4 KiB. Linux gives large pages to who asks for them; where it
+ * has none, nothing changes. */
+static void ask_for_large_pages(void *memory, size_t size)
+{
+#ifdef MADV_HUGEPAGE
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), before = -(uintptr_t)memory % page;
+    if (size >= 4 << 20)
+        madvise((char *)memory + before, size - before, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)size;
+#endif
+}
 
 float *allocate_floats(size_t n)
 {
@@ -13,6 +28,7 @@ float *allocate_floats(size_t n)
         n = 1;
     if (n > SIZE_MAX / sizeof(float) || posix_memalign(&memory, 64, n * sizeof(float)) != 0)
         die(EXIT_UNAVAILABLE, "not enough memory for %s; take smaller sizes", bytes_text(4.0 * (double)n));
+    ask_for_large_pages(memory, n * sizeof(float));
     return memory;
 }
 
