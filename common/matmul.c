@@ -28,12 +28,11 @@ static size_t least(size_t a, size_t b)
 
 /* Panels come in fours where there is more than one, all of one height, so that two or four threads have as much to
  * do each; but 128 rows are worth a call of their own, fewer are not. */
-static size_t panel_rows(size_t m)
+static size_t panel_of(size_t rows)
 {
-    size_t panels = (m + PANEL - 1) / PANEL, most = (m + 127) / 128;
-    panels = (panels + 3) / 4 * 4;
-    panels = least(panels, most);
-    return ((m + panels - 1) / panels + 15) / 16 * 16;
+    size_t panels = (rows + PANEL - 1) / PANEL, most = (rows + 127) / 128;
+    panels = least((panels + 3) / 4 * 4, most);
+    return ((rows + panels - 1) / panels + 15) / 16 * 16;
 }
 
 /* What is asked of each of `count` products; bias (n) or NULL is added to every row. */
@@ -168,25 +167,27 @@ static void scale(float *out, int rows, int n, int ld_out, float beta)
         }
 }
 
-/* The rows from first_row on of the i-th product, panel_rows() of them or what is left. */
-static void one_panel(const Product *p, size_t i, size_t first_row)
+/* The rows from first_row on of the i-th product, of them the columns from first_column on: `rows` by `columns`, or
+ * what is left. */
+static void one_panel(const Product *p, size_t i, size_t first_row, size_t first_column, size_t rows,
+                      size_t columns)
 {
-    int rows = (int)least(panel_rows(p->m), p->m - first_row);
-    float *out = p->out + i * p->stride_out + first_row * p->ld_out;
+    int m = (int)least(rows, p->m - first_row), n = (int)least(columns, p->n - first_column);
+    float *out = p->out + i * p->stride_out + first_row * p->ld_out + first_column;
     const float *a = p->a + i * p->stride_a + first_row * (p->transpose_a == 'T' ? 1 : p->ld_a);
-    const float *b = p->b + i * p->stride_b;
+    const float *b = p->b + i * p->stride_b + first_column * (p->transpose_b == 'T' ? p->ld_b : 1);
     float beta = p->beta;
 
     if (p->bias) {
-        for (int r = 0; r < rows; r++)
-            memcpy(out + (size_t)r * p->ld_out, p->bias, p->n * sizeof(float));
+        for (int r = 0; r < m; r++)
+            memcpy(out + (size_t)r * p->ld_out, p->bias + first_column, n * sizeof(float));
         beta = 1;
     }
     if (p->k > 0)
-        one_product(p->transpose_a, p->transpose_b, rows, p->n, p->k, p->alpha, a, p->ld_a, b, p->ld_b, beta,
-                    out, p->ld_out);
+        one_product(p->transpose_a, p->transpose_b, m, n, p->k, p->alpha, a, p->ld_a, b, p->ld_b, beta, out,
+                    p->ld_out);
     else
-        scale(out, rows, p->n, p->ld_out, beta);
+        scale(out, m, n, p->ld_out, beta);
 }
 
 static void multiply(const Product *p, int count)
@@ -195,15 +196,20 @@ static void multiply(const Product *p, int count)
     pthread_once(&settled, settle_library);
     if (p->m == 0 || p->n == 0)
         return;
-    size_t rows = panel_rows(p->m), panels = (p->m + rows - 1) / rows;
 
-#pragma omp parallel if (!omp_in_parallel() && panels * count > 1)
+    /* A head's weight gradient, (64,8192) by (8192,768), has too few rows to share, but much to do. */
+    bool few_rows = panel_of(p->m) >= p->m && (double)p->m * p->n * p->k >= 1 << 26;
+    size_t rows = panel_of(p->m), columns = few_rows ? panel_of(p->n) : (size_t)p->n;
+    size_t down = (p->m + rows - 1) / rows, across = (p->n + columns - 1) / columns;
+
+#pragma omp parallel if (!omp_in_parallel() && down * across * count > 1)
     {
         keep_library_on_this_thread();
-#pragma omp for collapse(2) schedule(dynamic)
+#pragma omp for collapse(3) schedule(dynamic)
         for (int i = 0; i < count; i++)
-            for (size_t panel = 0; panel < panels; panel++)
-                one_panel(p, i, panel * rows);
+            for (size_t r = 0; r < down; r++)
+                for (size_t c = 0; c < across; c++)
+                    one_panel(p, i, r * rows, c * columns, rows, columns);
     }
 }
 
