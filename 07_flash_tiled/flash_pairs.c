@@ -8,15 +8,6 @@
 
 static const float log2e = 1.44269504f;
 
-static int smaller(int a, int b)
-{
-    return a < b ? a : b;
-}
-static int larger(int a, int b)
-{
-    return a > b ? a : b;
-}
-
 /* The first key of the document that position `place` belongs to: the numbers ascend. */
 static int document_start(const int *document, int place)
 {

@@ -20,15 +20,6 @@ static const float log2e = 1.44269504f;
 
 enum { ROWS = FLASH_ROWS, KEYS = FLASH_KEYS };
 
-static int smaller(int a, int b)
-{
-    return a < b ? a : b;
-}
-static int round_up(int n, int unit)
-{
-    return (n + unit - 1) / unit * unit;
-}
-
 /* ---- Copies: V with pairs of keys, and K where an odd HS leaves a number without its partner ---- */
 
 static int row_pairs(const AttentionShape *s)

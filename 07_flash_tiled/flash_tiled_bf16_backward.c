@@ -28,19 +28,6 @@ enum {
     MOST_LISTS = 64,                               /* how many lists of work there are at most */
 };
 
-static int smaller(int a, int b)
-{
-    return a < b ? a : b;
-}
-static int larger(int a, int b)
-{
-    return a > b ? a : b;
-}
-static int round_up(int n, int unit)
-{
-    return (n + unit - 1) / unit * unit;
-}
-
 /* What a task works in. pairs is HS / 2, width HS rounded up to WIDE. */
 typedef struct {
     _Alignas(64) Pair weight_pairs[ROWS / 2 * KEYS]; /* (ROWS/2,KEYS): D and */

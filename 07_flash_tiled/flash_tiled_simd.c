@@ -22,11 +22,6 @@ static const float log2e = 1.44269504f;
 /* How far a score may stand above m, in powers of two, before m has to follow. */
 static const float headroom = 20;
 
-static int smaller(int a, int b)
-{
-    return a < b ? a : b;
-}
-
 /* ---- The steps of a tile: up to FLASH_KEYS keys by the block's vectors from .. from + vectors - 1 ---- */
 
 /* p = score - m, and the largest of them in each lane; ask: with what flash_ask() says. A score of more than
@@ -71,11 +66,9 @@ INLINE void score_tile(const FlashBlock *block, float *p, Vector top[VECTORS], i
     }
 }
 
-/* Would the weights 2^(score - m) fit into floats with this m? A row that has seen nothing yet started with m = 0,
- * which may also be far too large for it. Where not, m moves to the largest score, and what was summed up so far is
- * mended; returns true if the tile must be scored again. Random scores never get here; large ones do once or twice a
- * row. */
-static bool raise_maximum(FlashBlock *block, const Vector top[VECTORS], int from, int vectors)
+/* A row that has seen nothing yet started with m = 0, which may also be far too large for it. Random scores never get
+ * beyond the first question; large ones do once or twice a row. */
+bool flash_raise_maximum(FlashBlock *block, const Vector top[VECTORS], int from, int vectors)
 {
     bool again = false;
     for (int i = 0; i < vectors * LANES; i++) {
@@ -138,7 +131,7 @@ INLINE void attend_tile(FlashBlock *block, int key, int keys, bool ask, int from
     _Alignas(64) float p[FLASH_KEYS * FLASH_ROWS];
     Vector top[VECTORS];
     score_tile(block, p, top, key, keys, ask, from, vectors);
-    if (raise_maximum(block, top, from, vectors))
+    if (flash_raise_maximum(block, top, from, vectors))
         score_tile(block, p, top, key, keys, ask, from, vectors);
     weigh(block, p, key, keys, from, vectors);
     if (block->s->dropout > 0)
@@ -177,12 +170,7 @@ void flash_begin(FlashBlock *block, float *scratch)
     block->q_columns = scratch;
     block->out_columns = scratch + columns_size(s->head_size);
     memset(block->out_columns, 0, columns_size(s->head_size) * sizeof(float));
-    for (int r = 0; r < FLASH_ROWS; r++) {
-        block->m[r] = block->l[r] = 0;
-        block->first[r] = block->end[r] = 0;
-        if (r < block->rows)
-            block->one_run = flash_bounds(s, block->b, block->row[r].t, &block->first[r], &block->end[r]);
-    }
+    flash_begin_rows(block);
     for (int r0 = 0; r0 < FLASH_ROWS; r0 += LANES)
         for (int d = 0; d < s->head_size; d += LANES) {
             Vector q[LANES] = {0};

@@ -23,38 +23,12 @@ static const float log2e = 1.44269504f;
 enum {
     ROWS = FLASH_BACK_ROWS,
     KEYS = FLASH_BACK_KEYS,
-    STEP = VECTORS * LANES,             /* keys of a register tile of S or dP */
-    UNIT = LANES > TILE ? LANES : TILE, /* which keys TILE queries see is rounded to whole vectors, and */
-    PAIR = 2 * LANES,                   /* whole tiles of dK and dV, which are TILE keys by PAIR numbers */
+    STEP = VECTORS * LANES, /* keys of a register tile of S or dP */
+    UNIT = FLASH_BACK_UNIT, /* whole vectors of S, whole tiles of dK and dV, */
+    PAIR = 2 * LANES,       /* which are TILE keys by PAIR numbers */
 };
 
-static int smaller(int a, int b)
-{
-    return a < b ? a : b;
-}
-static int larger(int a, int b)
-{
-    return a > b ? a : b;
-}
-static int round_up(int n, int unit)
-{
-    return (n + unit - 1) / unit * unit;
-}
-
 /* ---- A block of keys ---- */
-
-size_t flash_back_block_floats(int head_size)
-{
-    size_t width = round_up(head_size, PAIR);
-    return 5 * KEYS * width + 2 * ROWS * width + 4 * ROWS * KEYS + 2 * ROWS;
-}
-
-static float *take(float **at, size_t floats)
-{
-    float *taken = *at;
-    *at += floats;
-    return taken;
-}
 
 static const float *row_of_k(const FlashBackBlock *x, const float *k, int key)
 {
@@ -64,20 +38,9 @@ static const float *row_of_k(const FlashBackBlock *x, const float *k, int key)
 
 void flash_back_begin(FlashBackBlock *x, float *scratch, int number)
 {
-    int end = x->s->lengths ? x->s->lengths[x->b] : x->s->key_tokens; /* what lies beyond is not read */
-    x->key = number * KEYS;
-    x->keys = larger(0, smaller(KEYS, end - x->key));
-    int HS = x->s->head_size, width = x->width = round_up(HS, PAIR);
-    size_t block = (size_t)KEYS * width, rows = (size_t)ROWS * width;
-    x->k_columns = take(&scratch, block), x->v_columns = take(&scratch, block),
-    x->k_rows = take(&scratch, block);
-    x->dk = take(&scratch, block), x->dv = take(&scratch, block);
-    x->q = take(&scratch, rows), x->dout = take(&scratch, rows);
-    x->weights = take(&scratch, ROWS * KEYS), x->d_scores = take(&scratch, ROWS * KEYS);
-    x->extra = take(&scratch, ROWS * KEYS), x->kept = take(&scratch, ROWS * KEYS);
-    x->lse = take(&scratch, ROWS), x->delta = take(&scratch, ROWS);
-
-    memset(x->dk, 0, 2 * block * sizeof(float)); /* and dv */
+    flash_back_lay_out(x, scratch, number);
+    int HS = x->s->head_size, width = x->width;
+    memset(x->dk, 0, 2 * KEYS * (size_t)width * sizeof(float)); /* and dv, which lies behind it */
     for (int i0 = 0; i0 < KEYS; i0 += LANES)
         for (int d = 0; d < width; d += LANES) {
             Vector k[LANES] = {0}, v[LANES] = {0};
@@ -114,33 +77,6 @@ void flash_back_finish(const FlashBackBlock *x)
 }
 
 /* ---- Queries meet it ---- */
-
-/* Which keys of the block TILE queries see, for all of them; false if none. */
-static bool look_ahead(FlashBackBlock *x)
-{
-    const AttentionShape *s = x->s;
-    const FlashKnown *known = &x->g->known;
-    int kind = known->how_many ? known->how_many(s, x->b, x->t, x->t + x->rows, x->key, x->key + x->keys) : 1;
-    bool any = false;
-    memset(x->seen, 0, sizeof x->seen);
-    for (int r = 0; r < x->rows; r += TILE) {
-        FlashSpan span = flash_span(s, x->b, x->t + r, smaller(TILE, x->rows - r));
-        FlashSight *sight = &x->sight[r / TILE];
-        sight->from = larger(span.first - x->key, 0) / UNIT * UNIT;
-        sight->to = kind == 0 ? 0 : smaller(span.end - x->key, x->keys);
-        bool every = kind == 2 || (span.one_run && span.all_first <= x->key + sight->from &&
-                                   span.all_end >= x->key + sight->to);
-        sight->all = every && !s->bias && s->dropout == 0 && (sight->to == x->keys || sight->to % UNIT == 0);
-        for (int key = sight->from; key < sight->to; key += TILE) {
-            FlashSeen *seen = &x->seen[key / TILE];
-            if (seen->to == 0)
-                seen->from = r;
-            seen->to = r + TILE;
-            any = true;
-        }
-    }
-    return any;
-}
 
 /* Q, dO, lse and delta. Rows from `rows` on are zero, and see nothing. */
 static void read_queries(FlashBackBlock *x)
@@ -299,7 +235,7 @@ static void add_query_gradient(const FlashBackBlock *x)
 
 bool flash_back_weigh(FlashBackBlock *x)
 {
-    if (!look_ahead(x))
+    if (!flash_back_look_ahead(x))
         return false;
     read_queries(x);
     for (int r = 0; r < round_up(x->rows, TILE); r++)

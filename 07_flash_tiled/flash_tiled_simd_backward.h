@@ -11,10 +11,11 @@
 #include "flash_tiled_simd.h"
 
 enum {
-    FLASH_BACK_ROWS = 144,              /* queries and */
-    FLASH_BACK_KEYS = 4 * VECTORS * 16, /* keys of a tile: 192 */
-    FLASH_BACK_SHARES = 16,             /* with fewer key/value heads (B * NKV), their keys are shared out */
-    FLASH_BACK_LISTS = 64,              /* how many lists of work there are at most */
+    FLASH_BACK_ROWS = 144,                         /* queries and */
+    FLASH_BACK_KEYS = 4 * VECTORS * 16,            /* keys of a tile: 192 */
+    FLASH_BACK_UNIT = LANES > TILE ? LANES : TILE, /* what TILE queries see begins at multiples of it */
+    FLASH_BACK_SHARES = 16, /* with fewer key/value heads (B * NKV), their keys are shared out */
+    FLASH_BACK_LISTS = 64,  /* how many lists of work there are at most */
 };
 
 /* What a caller knows of the mask beyond attends(): chapter 9's block lists. NULL: nothing. */
@@ -88,11 +89,17 @@ size_t flash_back_block_floats(int head_size);
 
 int flash_back_key_blocks(const AttentionShape *s);
 
+/* Says which keys are in block number `number` of that many, and where in scratch all lies. */
+void flash_back_lay_out(FlashBackBlock *x, float *scratch, int number);
+
 /* Reads the keys and values of block number `number` of that many; dk = dv = 0. */
 void flash_back_begin(FlashBackBlock *x, float *scratch, int number);
 
 /* The first queries at or after t that these keys have to meet; false if there are none. */
 bool flash_back_next(FlashBackBlock *x, int t);
+
+/* sight and seen of these queries; false if none sees any key. */
+bool flash_back_look_ahead(FlashBackBlock *x);
 
 /* D and dS of these queries and keys, where the first see the second; false if none sees any. */
 bool flash_back_weigh(FlashBackBlock *x);

@@ -2,20 +2,6 @@
  * flash_tiled_simd.h. */
 #include "flash_tiled_simd.h"
 
-#include <math.h>
-
-/* How far a score may stand above m, in powers of two, before m has to follow. */
-static const float headroom = 20;
-
-static int smaller(int a, int b)
-{
-    return a < b ? a : b;
-}
-static int larger(int a, int b)
-{
-    return a > b ? a : b;
-}
-
 void flash_begin_rows(FlashBlock *block)
 {
     for (int r = 0; r < FLASH_ROWS; r++) {
@@ -27,29 +13,6 @@ void flash_begin_rows(FlashBlock *block)
     }
 }
 
-/* A row that has seen nothing yet started with m = 0, which may also be far too large for it. Random scores never get
- * beyond the first loop; large ones do once or twice a row. */
-bool flash_raise_maximum(FlashBlock *block, const Vector top[VECTORS], int from, int vectors)
-{
-    const float *above = (const float *)top;
-    bool fits = true, again = false;
-    for (int i = 0; i < vectors * LANES; i++)
-        fits &= (above[i] <= headroom) & (block->l[from * LANES + i] != 0);
-    for (int i = 0; !fits && i < vectors * LANES; i++) {
-        int row = from * LANES + i;
-        bool nothing_yet = block->l[row] == 0;
-        if (above[i] <= headroom && (!nothing_yet || above[i] >= -headroom || above[i] == -INFINITY))
-            continue;
-        float mend = nothing_yet ? 0 : exp2f(-above[i]);
-        block->m[row] += above[i];
-        block->l[row] *= mend;
-        for (size_t d = 0; d < (size_t)block->s->head_size; d++)
-            block->out_columns[d * FLASH_ROWS + row] *= mend;
-        again = true;
-    }
-    return again;
-}
-
 /* Where tiles are cut: at any key, or between pairs. */
 static int unit_of(const FlashBlock *block)
 {
@@ -58,10 +21,6 @@ static int unit_of(const FlashBlock *block)
 static int round_down(int n, int unit)
 {
     return n / unit * unit;
-}
-static int round_up(int n, int unit)
-{
-    return (n + unit - 1) / unit * unit;
 }
 
 /* The vectors from .. to - 1 hold all rows that may see the key; returns how many keys on this holds. */

@@ -2,14 +2,55 @@
  * flash_tiled_simd_backward.h. */
 #include "flash_tiled_simd_backward.h"
 
-static int smaller(int a, int b)
-{
-    return a < b ? a : b;
-}
+enum {
+    ROWS = FLASH_BACK_ROWS,
+    KEYS = FLASH_BACK_KEYS,
+    UNIT = FLASH_BACK_UNIT,
+};
 
 int flash_back_key_blocks(const AttentionShape *s)
 {
-    return (s->key_tokens + FLASH_BACK_KEYS - 1) / FLASH_BACK_KEYS;
+    return (s->key_tokens + KEYS - 1) / KEYS;
+}
+
+static int width_of(int head_size)
+{
+    return round_up(head_size, 2 * LANES); /* whole register tiles of dQ, dK and dV */
+}
+
+size_t flash_back_block_floats(int head_size)
+{
+    size_t width = width_of(head_size);
+    return 5 * KEYS * width + 2 * ROWS * width + 4 * ROWS * KEYS + 2 * ROWS;
+}
+
+static float *take(float **at, size_t floats)
+{
+    float *taken = *at;
+    *at += floats;
+    return taken;
+}
+
+void flash_back_lay_out(FlashBackBlock *x, float *scratch, int number)
+{
+    int end = x->s->lengths ? x->s->lengths[x->b] : x->s->key_tokens; /* what lies beyond is not read */
+    x->key = number * KEYS;
+    x->keys = larger(0, smaller(KEYS, end - x->key));
+    x->width = width_of(x->s->head_size);
+    size_t block = (size_t)KEYS * x->width, rows = (size_t)ROWS * x->width;
+    x->k_columns = take(&scratch, block);
+    x->v_columns = take(&scratch, block);
+    x->k_rows = take(&scratch, block);
+    x->dk = take(&scratch, block);
+    x->dv = take(&scratch, block);
+    x->q = take(&scratch, rows);
+    x->dout = take(&scratch, rows);
+    x->weights = take(&scratch, ROWS * KEYS);
+    x->d_scores = take(&scratch, ROWS * KEYS);
+    x->extra = take(&scratch, ROWS * KEYS);
+    x->kept = take(&scratch, ROWS * KEYS);
+    x->lse = take(&scratch, ROWS);
+    x->delta = take(&scratch, ROWS);
 }
 
 bool flash_back_next(FlashBackBlock *x, int t)
@@ -18,8 +59,34 @@ bool flash_back_next(FlashBackBlock *x, int t)
     if (x->keys && t < x->s->tokens && known->next_query)
         t = known->next_query(known->lists, x->s, x->b, x->h, t, x->key, x->key + x->keys);
     x->t = t;
-    x->rows = smaller(FLASH_BACK_ROWS, x->s->tokens - t);
+    x->rows = smaller(ROWS, x->s->tokens - t);
     return x->keys && x->rows > 0;
+}
+
+bool flash_back_look_ahead(FlashBackBlock *x)
+{
+    const AttentionShape *s = x->s;
+    const FlashKnown *known = &x->g->known;
+    int kind = known->how_many ? known->how_many(s, x->b, x->t, x->t + x->rows, x->key, x->key + x->keys) : 1;
+    bool any = false;
+    memset(x->seen, 0, sizeof x->seen);
+    for (int r = 0; r < x->rows; r += TILE) {
+        FlashSpan span = flash_span(s, x->b, x->t + r, smaller(TILE, x->rows - r));
+        FlashSight *sight = &x->sight[r / TILE];
+        sight->from = larger(span.first - x->key, 0) / UNIT * UNIT;
+        sight->to = kind == 0 ? 0 : smaller(span.end - x->key, x->keys);
+        bool every = kind == 2 || (span.one_run && span.all_first <= x->key + sight->from &&
+                                   span.all_end >= x->key + sight->to);
+        sight->all = every && !s->bias && s->dropout == 0 && (sight->to == x->keys || sight->to % UNIT == 0);
+        for (int key = sight->from; key < sight->to; key += TILE) {
+            FlashSeen *seen = &x->seen[key / TILE];
+            if (seen->to == 0)
+                seen->from = r;
+            seen->to = r + TILE;
+            any = true;
+        }
+    }
+    return any;
 }
 
 /* How many batch entries one task takes: all of them where they share the numbers of a bias, so that its gradient is summed
@@ -70,7 +137,7 @@ static void chunk_gradient(FlashBackBlock x, float *partial, float *scratch, int
     for (int block = chunk * blocks / n; block < (chunk + 1) * blocks / n; block++) {
         flash_back_begin(&x, scratch, block);
         for (x.h = first_head; x.h < first_head + group; x.h++)
-            for (int t = 0; flash_back_next(&x, t); t = x.t + FLASH_BACK_ROWS) {
+            for (int t = 0; flash_back_next(&x, t); t = x.t + ROWS) {
                 x.dq = dq + x.h * head + x.t * x.dq_token;
                 if (!flash_back_weigh(&x))
                     continue;

@@ -49,10 +49,10 @@ edit vectors.h 'VECTORS = 3,' 'VECTORS = 1,'
 trick maximum 'm follows the largest score in each tile, and what it rose by is taken off the scores' \
     'softmax needs no maximum but a number near it'
 edit flash_tiled_simd.c 'headroom = 20;' 'headroom = 0;'
-edit flash_tiled_simd.c 'if (raise_maximum(block, top, from, vectors))' 'Vector *m = (Vector *)block->m + from, rise[VECTORS];
+edit flash_tiled_simd.c 'if (flash_raise_maximum(block, top, from, vectors))' 'Vector *m = (Vector *)block->m + from, rise[VECTORS];
     for (int j = 0; j < vectors; j++)
         rise[j] = -m[j];
-    raise_maximum(block, top, from, vectors);
+    flash_raise_maximum(block, top, from, vectors);
     for (int j = 0; j < vectors; j++)
         rise[j] += m[j];
     for (int i = 0; i < keys; i++)

@@ -27,15 +27,6 @@ enum {
 
 static const float log2e = 1.44269504f;
 
-static int smaller(int a, int b)
-{
-    return a < b ? a : b;
-}
-static int larger(int a, int b)
-{
-    return a > b ? a : b;
-}
-
 /* ---- Partial results ---- */
 
 /* What one row makes of one split. Weights are 2^(score - m), scores times log2 e. */

@@ -5,11 +5,6 @@
 
 #include "../07_flash_tiled/flash_tiled_simd.h"
 
-static int smaller(int a, int b)
-{
-    return a < b ? a : b;
-}
-
 static size_t list_count(const BlockMask *mask)
 {
     return (size_t)mask->batch * mask->heads * mask->query_blocks;

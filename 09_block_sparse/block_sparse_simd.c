@@ -7,11 +7,6 @@
 
 enum { FINE = 16 }; /* a partial block is looked at in strips of so many keys */
 
-static int smaller(int a, int b)
-{
-    return a < b ? a : b;
-}
-
 /* Keys that wait to be attended to. Neighbours of one kind go together, since long runs are fast. */
 typedef struct {
     int first, end;

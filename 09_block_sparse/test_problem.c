@@ -71,11 +71,6 @@ BlockKind kind_of_count(long pairs, long all)
     return pairs == 0 ? BLOCK_EMPTY : pairs == all ? BLOCK_FULL : BLOCK_PARTIAL;
 }
 
-static int smaller(int a, int b)
-{
-    return a < b ? a : b;
-}
-
 void expect_right_lists(const BlockMask *mask, MaskPredicate *predicate, const AttentionShape *s,
                         const char *name)
 {

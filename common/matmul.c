@@ -13,9 +13,27 @@
 #include <cblas.h>
 #endif
 
-/* Rows of out that one call computes. Each call copies all of B once more into its own order: with 256 rows
- * that costs 2 to 3% of the speed, and 1024 rows still make work for four threads. */
+/* Rows of out that one call computes, at most. Each call copies all of B once more into its own order: with 256
+ * rows that takes a tenth of the time, with 512 half of that. The plain loops copy B in small pieces. */
+#ifdef HAVE_CBLAS
+enum { PANEL = 640 };
+#else
 enum { PANEL = 256 };
+#endif
+
+static size_t least(size_t a, size_t b)
+{
+    return a < b ? a : b;
+}
+
+/* Panels come in fours where there is more than one, all of one height, so that two or four threads have as much to
+ * do each; but 128 rows are worth a call of their own, fewer are not. */
+static size_t panel_of(size_t rows)
+{
+    size_t panels = (rows + PANEL - 1) / PANEL, most = (rows + 127) / 128;
+    panels = least((panels + 3) / 4 * 4, most);
+    return ((rows + panels - 1) / panels + 15) / 16 * 16;
+}
 
 /* What is asked of each of `count` products; bias (n) or NULL is added to every row. */
 typedef struct {
@@ -91,11 +109,6 @@ static void write_tile(float *out, int ld_out, int rows, int columns, float alph
         }
 }
 
-static int least(int a, int b)
-{
-    return a < b ? a : b;
-}
-
 /* At most PANEL rows of out. */
 static void one_product(char transpose_a, char transpose_b, int m, int n, int k, float alpha, const float *a,
                         int ld_a, const float *b, int ld_b, float beta, float *out, int ld_out)
@@ -105,17 +118,17 @@ static void one_product(char transpose_a, char transpose_b, int m, int n, int k,
     size_t b_row = transpose_b == 'T' ? 1 : ld_b, b_column = transpose_b == 'T' ? ld_b : 1;
 
     for (int p = 0; p < k; p += DEPTH) {
-        int depth = least(DEPTH, k - p);
+        int depth = (int)least(DEPTH, k - p);
         for (int i = 0; i < m; i += ROWS)
             pack(packed_a + i * depth, a + i * a_row + p * a_column, a_column, a_row, depth,
-                 least(ROWS, m - i), ROWS);
+                 (int)least(ROWS, m - i), ROWS);
         for (int j = 0; j < n; j += COLUMNS) {
-            int columns = least(COLUMNS, n - j);
+            int columns = (int)least(COLUMNS, n - j);
             pack(packed_b, b + p * b_row + j * b_column, b_row, b_column, depth, columns, COLUMNS);
             for (int i = 0; i < m; i += ROWS) {
                 multiply_tile(tile, depth, packed_a + i * depth, packed_b);
-                write_tile(out + (size_t)i * ld_out + j, ld_out, least(ROWS, m - i), columns, alpha, tile,
-                           p == 0 ? beta : 1);
+                write_tile(out + (size_t)i * ld_out + j, ld_out, (int)least(ROWS, m - i), columns, alpha,
+                           tile, p == 0 ? beta : 1);
             }
         }
     }
@@ -154,25 +167,27 @@ static void scale(float *out, int rows, int n, int ld_out, float beta)
         }
 }
 
-/* The rows from first_row on of the i-th product, PANEL of them or what is left. */
-static void one_panel(const Product *p, size_t i, size_t first_row)
+/* The rows from first_row on of the i-th product, of them the columns from first_column on: `rows` by `columns`, or
+ * what is left. */
+static void one_panel(const Product *p, size_t i, size_t first_row, size_t first_column, size_t rows,
+                      size_t columns)
 {
-    int rows = p->m - first_row < PANEL ? (int)(p->m - first_row) : PANEL;
-    float *out = p->out + i * p->stride_out + first_row * p->ld_out;
+    int m = (int)least(rows, p->m - first_row), n = (int)least(columns, p->n - first_column);
+    float *out = p->out + i * p->stride_out + first_row * p->ld_out + first_column;
     const float *a = p->a + i * p->stride_a + first_row * (p->transpose_a == 'T' ? 1 : p->ld_a);
-    const float *b = p->b + i * p->stride_b;
+    const float *b = p->b + i * p->stride_b + first_column * (p->transpose_b == 'T' ? p->ld_b : 1);
     float beta = p->beta;
 
     if (p->bias) {
-        for (int r = 0; r < rows; r++)
-            memcpy(out + (size_t)r * p->ld_out, p->bias, p->n * sizeof(float));
+        for (int r = 0; r < m; r++)
+            memcpy(out + (size_t)r * p->ld_out, p->bias + first_column, n * sizeof(float));
         beta = 1;
     }
     if (p->k > 0)
-        one_product(p->transpose_a, p->transpose_b, rows, p->n, p->k, p->alpha, a, p->ld_a, b, p->ld_b, beta,
-                    out, p->ld_out);
+        one_product(p->transpose_a, p->transpose_b, m, n, p->k, p->alpha, a, p->ld_a, b, p->ld_b, beta, out,
+                    p->ld_out);
     else
-        scale(out, rows, p->n, p->ld_out, beta);
+        scale(out, m, n, p->ld_out, beta);
 }
 
 static void multiply(const Product *p, int count)
@@ -181,15 +196,20 @@ static void multiply(const Product *p, int count)
     pthread_once(&settled, settle_library);
     if (p->m == 0 || p->n == 0)
         return;
-    size_t panels = (p->m + PANEL - 1) / PANEL;
 
-#pragma omp parallel if (!omp_in_parallel() && panels * count > 1)
+    /* A head's weight gradient, (64,8192) by (8192,768), has too few rows to share, but much to do. */
+    bool few_rows = panel_of(p->m) >= p->m && (double)p->m * p->n * p->k >= 1 << 26;
+    size_t rows = panel_of(p->m), columns = few_rows ? panel_of(p->n) : (size_t)p->n;
+    size_t down = (p->m + rows - 1) / rows, across = (p->n + columns - 1) / columns;
+
+#pragma omp parallel if (!omp_in_parallel() && down * across * count > 1)
     {
         keep_library_on_this_thread();
-#pragma omp for collapse(2) schedule(dynamic)
+#pragma omp for collapse(3) schedule(dynamic)
         for (int i = 0; i < count; i++)
-            for (size_t panel = 0; panel < panels; panel++)
-                one_panel(p, i, panel * PANEL);
+            for (size_t r = 0; r < down; r++)
+                for (size_t c = 0; c < across; c++)
+                    one_panel(p, i, r * rows, c * columns, rows, columns);
     }
 }
 

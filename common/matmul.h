@@ -1,8 +1,8 @@
 /* Matrix products through a CBLAS, or plain loops where the machine has none. Row-major, floats.
  *
- * The result has the same bits for any number of threads: a product is cut into panels of rows by its shape
- * alone, and each panel is one single-threaded BLAS call. Inside an OpenMP parallel region a call stays on
- * its thread: many small products run best as a parallel loop over (b, h) around matmul(). */
+ * The result has the same bits for any number of threads: a product is cut into panels of rows (of columns, where
+ * it has few rows) by its shape alone, and each panel is one single-threaded BLAS call. Inside an OpenMP parallel
+ * region a call stays on its thread: many small products run best as a parallel loop over (b, h) around matmul(). */
 #ifndef COMMON_MATMUL_H
 #define COMMON_MATMUL_H
 

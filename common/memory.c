@@ -17,7 +17,7 @@ float *allocate_floats(size_t n)
     void *memory = NULL;
     if (n == 0)
         n = 1;
-    bool large = n >= 4 * large_page / sizeof(float);
+    bool large = n >= 2 * large_page / sizeof(float);
     if (n > SIZE_MAX / sizeof(float) ||
         posix_memalign(&memory, large ? large_page : 64, n * sizeof(float)) != 0)
         die(EXIT_UNAVAILABLE, "not enough memory for %s; take smaller sizes", bytes_text(4.0 * (double)n));

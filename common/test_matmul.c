@@ -158,6 +158,12 @@ Test(matmul, several_panels_of_rows_and_pieces_of_k)
     check_all_transposes(770, 7, 5, 1, 0, 0);
     check_all_transposes(5, 300, 700, 1, 0, 0);
     check_all_transposes(1030, 1, 65, 1, 0, 0);
+    check_all_transposes(700, 9, 65, 1, 0, 0);
+}
+
+Test(matmul, few_rows_and_much_to_do_are_cut_by_columns)
+{
+    check_all_transposes(64, 515, 2048, 1, 0.5f, 3);
 }
 
 Test(matmul, rows_farther_apart_than_their_width)
@@ -284,8 +290,9 @@ Test(matmul, strided_batch_with_a_shared_matrix)
 
 Test(matmul, linear_with_and_without_bias)
 {
-    const int shapes[][3] = {{1, 1, 1}, {6, 3, 2}, {65, 7, 5}, {300, 65, 300}, {5, 0, 7}, {0, 5, 7}};
-    for (int s = 0; s < 6; s++)
+    const int shapes[][3] = {{1, 1, 1}, {6, 3, 2}, {65, 7, 5},      {300, 65, 300},
+                             {5, 0, 7}, {0, 5, 7}, {20, 2048, 1700}};
+    for (int s = 0; s < 7; s++)
         for (int with_bias = 0; with_bias < 2; with_bias++) {
             int rows = shapes[s][0], inputs = shapes[s][1], outputs = shapes[s][2];
             float *x = random_floats((size_t)rows * inputs, 1),

@@ -53,6 +53,19 @@ enum {
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), may_alias));
 typedef int32_t IntVector __attribute__((vector_size(LANES * sizeof(float)), may_alias));
 
+static inline int smaller(int a, int b)
+{
+    return a < b ? a : b;
+}
+static inline int larger(int a, int b)
+{
+    return a > b ? a : b;
+}
+static inline int round_up(int n, int unit)
+{
+    return (n + unit - 1) / unit * unit;
+}
+
 /* yes where the mask's lane is all ones, no where it is 0. */
 static inline Vector vector_select(IntVector mask, Vector yes, Vector no)
 {
