@@ -15,7 +15,7 @@ enum {
     FLASH_BACK_KEYS = 4 * VECTORS * 16,            /* keys of a tile: 192 */
     FLASH_BACK_UNIT = LANES > TILE ? LANES : TILE, /* what TILE queries see begins at multiples of it */
     FLASH_BACK_SHARES = 16, /* with fewer key/value heads (B * NKV), their keys are shared out */
-    FLASH_BACK_LISTS = 64,  /* how many lists of work there are at most */
+    FLASH_BACK_LISTS = 32,  /* how many lists of work there are at most */
 };
 
 /* What a caller knows of the mask beyond attends(): chapter 9's block lists. NULL: nothing. */

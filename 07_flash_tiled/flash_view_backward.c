@@ -149,15 +149,16 @@ static void chunk_gradient(FlashBackBlock x, float *partial, float *scratch, int
     }
 }
 
-/* A task: one chunk of one key/value head, in one batch entry or in all. */
+/* A task: one chunk of one key/value head, in one batch entry or in all. First chunks come first: under a causal mask they
+ * have most to do. */
 static void task_gradient(FlashBackBlock x, float *partial, float *scratch, size_t job)
 {
     const AttentionShape *s = x.s;
-    int n = chunks(s), entries = entries_of_a_task(s), head = (int)(job / n);
+    int entries = entries_of_a_task(s), heads = s->batch / entries * s->kv_heads, head = (int)(job % heads);
     int first = head / s->kv_heads * entries;
     x.kv_head = head % s->kv_heads;
     for (x.b = first; x.b < first + entries; x.b++)
-        chunk_gradient(x, partial, scratch, (int)(job % n));
+        chunk_gradient(x, partial, scratch, (int)(job / heads));
 }
 
 /* dq += the partial sums of the other chunks, in their order. */
