@@ -115,31 +115,41 @@ void flash_drop_out(const FlashBlock *block, float *p, int key, int keys, int fr
     }
 }
 
-void flash_ask_row(const FlashBackBlock *x, int r)
+/* Of the keys from .. to - 1. */
+static void ask_keys(const FlashBackBlock *x, int r, int from, int to)
 {
     const AttentionShape *s = x->s;
-    const FlashSight *sight = &x->sight[r / TILE];
     float *extra = x->extra + r * FLASH_BACK_KEYS, *kept = x->kept + r * FLASH_BACK_KEYS;
-    int first = 0, end = 0, t = x->t + r, to = sight->to;
+    int first = 0, end = 0, t = x->t + r, seen_to = smaller(to, x->sight[r / TILE].to);
     bool is = r < x->rows, one_run = !is || flash_bounds(s, x->b, t, &first, &end);
-    for (int i = sight->from; i < to || i % TILE || i % LANES; i++) {
-        bool sees = (first <= x->key + i) & (x->key + i < end) & (i < to);
+    for (int i = from; i < to; i++) {
+        bool sees = (first <= x->key + i) & (x->key + i < end) & (i < seen_to);
         extra[i] = sees ? 0 : -INFINITY;
         kept[i] = 1;
     }
-    for (int i = sight->from; !one_run && i < to; i++)
+    for (int i = from; !one_run && i < seen_to; i++)
         if (!attends(s, x->b, x->h, t, x->key + i))
             extra[i] = -INFINITY;
     if (is && s->bias) {
         size_t step = s->bias_stride[3];
         const float *bias = bias_row(s, x->b, x->h, t) + x->key * step;
         if (step == 1) /* the same, for the compiler to turn into vectors */
-            for (int i = sight->from; i < to; i++)
+            for (int i = from; i < seen_to; i++)
                 extra[i] = extra[i] == 0 ? log2e * bias[i] : -INFINITY;
         else
-            for (int i = sight->from; i < to; i++)
+            for (int i = from; i < seen_to; i++)
                 extra[i] = extra[i] == 0 ? log2e * bias[i * step] : -INFINITY;
     }
-    if (is && s->dropout > 0)
-        dropout_row(kept, s, lse_index(s, x->b, x->h, t), x->key, sight->from, to);
+    if (is && s->dropout > 0 && from < seen_to)
+        dropout_row(kept, s, lse_index(s, x->b, x->h, t), x->key, from, seen_to);
+}
+
+void flash_ask_row(const FlashBackBlock *x, int r)
+{
+    const FlashSight *sight = &x->sight[r / TILE];
+    int end = round_up(sight->to, FLASH_BACK_UNIT);
+    if (sight->from < sight->sure_from)
+        ask_keys(x, r, sight->from, sight->sure_from);
+    if (sight->sure_to < end)
+        ask_keys(x, r, sight->sure_to, end);
 }

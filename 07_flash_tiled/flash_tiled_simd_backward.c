@@ -23,7 +23,7 @@ static const float log2e = 1.44269504f;
 enum {
     ROWS = FLASH_BACK_ROWS,
     KEYS = FLASH_BACK_KEYS,
-    STEP = VECTORS * LANES, /* keys of a register tile of S or dP */
+    STEP = FLASH_BACK_STEP, /* keys of a register tile of S or dP */
     UNIT = FLASH_BACK_UNIT, /* whole vectors of S, whole tiles of dK and dV, */
     PAIR = 2 * LANES,       /* which are TILE keys by PAIR numbers */
 };
@@ -100,6 +100,11 @@ static void read_queries(FlashBackBlock *x)
     }
 }
 
+static bool is_sure(const FlashSight *sight, int key, int keys)
+{
+    return sight->sure_from <= key && key + keys <= sight->sure_to;
+}
+
 /* sums[TILE][vectors]: S - lse of TILE queries by some vectors of keys, or dP. The sums of S start at -lse, the numbers and their
  * order are forward's: so they are rounded much as they were there, and large scores lose little. */
 INLINE void multiply_tile(const FlashBackBlock *x, float *to, const float *left, const float *columns,
@@ -114,7 +119,7 @@ INLINE void multiply_tile(const FlashBackBlock *x, float *to, const float *left,
     for (int d = 0; d < HS; d += part) {
         EACH_VECTOR(i, j, vectors)
             c[i][j] = (Vector){0} - (is_score && d == 0 ? x->lse[r + i] : 0);
-        if (is_score && d == 0 && !x->sight[r / TILE].all)
+        if (is_score && d == 0 && !is_sure(&x->sight[r / TILE], key, vectors * LANES))
             EACH_VECTOR(i, j, vectors)
                 c[i][j] += ((const Vector *)(x->extra + at + i * KEYS))[j];
         multiply_add(c, vectors, a, 1, columns + (size_t)d * KEYS + key, KEYS, smaller(part, HS - d));
@@ -169,7 +174,7 @@ static void weigh_row(const FlashBackBlock *x, int r)
     for (int key = sight->from; key < round_up(sight->to, UNIT); key += LANES) {
         size_t at = (size_t)r * KEYS + key;
         Vector *weight = (Vector *)(x->weights + at), *d_score = (Vector *)(x->d_scores + at);
-        if (sight->all) {
+        if (is_sure(sight, key, LANES)) {
             *weight = exp2_vector(*weight);
             *d_score = *weight * (*d_score - delta);
         } else {
@@ -239,8 +244,7 @@ bool flash_back_weigh(FlashBackBlock *x)
         return false;
     read_queries(x);
     for (int r = 0; r < round_up(x->rows, TILE); r++)
-        if (!x->sight[r / TILE].all)
-            flash_ask_row(x, r);
+        flash_ask_row(x, r);
     multiply_keys(x, x->weights, x->q, x->k_columns, true);
     multiply_keys(x, x->d_scores, x->dout, x->v_columns, false);
     for (int r = 0; r < round_up(x->rows, TILE); r++) {

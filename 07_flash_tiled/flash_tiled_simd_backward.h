@@ -12,8 +12,9 @@
 
 enum {
     FLASH_BACK_ROWS = 144,                         /* queries and */
-    FLASH_BACK_KEYS = 4 * VECTORS * 16,            /* keys of a tile: 192 */
+    FLASH_BACK_KEYS = 288,                         /* keys of a tile */
     FLASH_BACK_UNIT = LANES > TILE ? LANES : TILE, /* what TILE queries see begins at multiples of it */
+    FLASH_BACK_STEP = VECTORS * LANES,             /* keys of a register tile of scores */
     FLASH_BACK_SHARES = 16, /* with fewer key/value heads (B * NKV), their keys are shared out */
     FLASH_BACK_LISTS = 32,  /* how many lists of work there are at most */
 };
@@ -50,7 +51,8 @@ FlashBackward flash_backward(const AttentionBackward *g, const AttentionShape *s
  *     flash_back_finish(&x); */
 typedef struct {
     int from, to; /* the keys that TILE queries see lie in from .. to - 1, counted from the block's first */
-    bool all;     /* each of them sees every one of these, and nothing is added or dropped */
+    int sure_from,
+        sure_to; /* of these, whole register tiles that each query sees, with nothing added or dropped */
 } FlashSight;
 typedef struct {
     int from, to; /* the block's queries that see any of TILE keys; multiples of TILE, equal: none */
@@ -110,8 +112,8 @@ void flash_back_add(const FlashBackBlock *x);
 /* Writes out dk and dv. */
 void flash_back_finish(const FlashBackBlock *x);
 
-/* extra and kept of the block's row r, for the keys in its sight and those up to the next multiple of LANES and of
- * TILE (flash_pairs.c). */
+/* extra and kept of the block's row r, for the keys in its sight that are not sure, and those up to the next multiple of
+ * FLASH_BACK_UNIT (flash_pairs.c). */
 void flash_ask_row(const FlashBackBlock *x, int r);
 
 /* The gradient of a bias, flash_bias_count(s) numbers (flash_bias_backward.c). The first adds the dS of these queries and
