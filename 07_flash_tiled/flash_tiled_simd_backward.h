@@ -11,7 +11,7 @@
 #include "flash_tiled_simd.h"
 
 enum {
-    FLASH_BACK_ROWS = 144,                         /* queries and */
+    FLASH_BACK_ROWS = 120,                         /* queries and */
     FLASH_BACK_KEYS = 288,                         /* keys of a tile */
     FLASH_BACK_UNIT = LANES > TILE ? LANES : TILE, /* what TILE queries see begins at multiples of it */
     FLASH_BACK_STEP = VECTORS * LANES,             /* keys of a register tile of scores */
