@@ -66,8 +66,9 @@ static inline Vector dropout_factors(WordVector word, uint32_t threshold, float 
     return vector_select((IntVector)(word >= threshold), (Vector){0} + kept, (Vector){0});
 }
 
-/* kept[i], from <= i < to (or in the same group of 4 * LANES keys): the factor of key `key` + i of one row, whose place in
- * lse is `row`. `key` is a multiple of 4. A lane is a group of four keys, whose factors then go side by side. */
+/* kept[i], from <= i < to: the factor of key `key` + i of one row, whose place in lse is `row`; and of its neighbours, down
+ * to a multiple of 4 * LANES and up to one of 4. `key` is a multiple of 4. A lane is a group of four keys, whose factors then
+ * go side by side. */
 static inline void dropout_row(float *kept, const AttentionShape *s, size_t row, int key, int from, int to)
 {
     enum { STEP = 4 * LANES };
@@ -81,7 +82,7 @@ static inline void dropout_row(float *kept, const AttentionShape *s, size_t row,
         dropout_word_vectors(word, s->dropout_seed, row_low, row_high, four);
         for (int j = 0; j < 4; j++)
             factor[j] = dropout_factors(word[j], dropout_threshold(s->dropout), 1 / (1 - s->dropout));
-        for (int i = 0; i < LANES; i++)
+        for (int i = 0; i < LANES && i0 + 4 * i < to; i++)
             for (int j = 0; j < 4; j++)
                 kept[i0 + 4 * i + j] = factor[j][i];
     }

@@ -298,6 +298,17 @@ Test(dropout_gradient, does_not_depend_on_tiles)
     free_problem(&p);
 }
 
+/* Whole blocks of queries and keys: what is drawn for the last of them stays in its place. */
+Test(dropout_gradient, of_whole_blocks)
+{
+    Gradients p = problem(1, 1, FLASH_BACK_ROWS + 3, FLASH_BACK_KEYS + 5, 16);
+    p.s.dropout = 0.4f;
+    p.s.dropout_seed = 7;
+    differentiate(&p, "tiled");
+    expect_same(&p, p, "simd", "dropout");
+    free_problem(&p);
+}
+
 /* delta is rowsum(dO * O), with the O that dropout has been through. With one key and out = v / (1 - p) where
  * it was kept, dP = delta and so dq = 0 in every row, whether the key was kept or not. */
 Test(dropout_gradient, delta_is_of_what_was_kept)
