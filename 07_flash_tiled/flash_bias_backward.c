@@ -8,8 +8,8 @@ void flash_back_add_bias(const FlashBackBlock *x)
     enum { KEYS = FLASH_BACK_KEYS };
     const size_t *stride = x->s->bias_stride;
     float *dbias = x->g->dbias + x->b * stride[0] + x->h * stride[1] + x->t * stride[2] + x->key * stride[3];
-    float one_row[KEYS] = {
-        0}; /* a sum over queries is made in the tile first: a sum of sums loses less to rounding */
+    /* A sum over queries is made in the tile first: a sum of sums loses less to rounding. */
+    float one_row[KEYS] = {0};
     for (int r = 0; r < x->rows; r++) {
         const FlashSight *sight = &x->sight[r / TILE];
         const float *d_scores = x->d_scores + r * KEYS;
@@ -34,48 +34,29 @@ void flash_back_add_bias(const FlashBackBlock *x)
         dbias[0] += sum;
 }
 
-/* Along each axis the bias holds `own` numbers, each shared by `shared` pairs. A task is one (b, h) of the
- * bias and, if it tells keys apart, one block of keys. */
-typedef struct {
-    int own[4], shared[4];
-    int blocks; /* of keys to a task's (b, h) */
-} BiasTasks;
-
-static BiasTasks bias_tasks(const AttentionShape *s)
+/* A job is one (b, h) of the bias and, if it tells keys apart, one block of keys. How many jobs a (b, h) has: */
+static int jobs_of_a_head(const AttentionShape *s)
 {
-    const int size[4] = {s->batch, s->heads, s->tokens, s->key_tokens};
-    BiasTasks tasks;
-    for (int i = 0; i < 4; i++) {
-        tasks.own[i] = s->bias_stride[i] ? size[i] : 1;
-        tasks.shared[i] = s->bias_stride[i] ? 1 : size[i];
-    }
-    tasks.blocks = s->bias_stride[3] ? flash_back_key_blocks(s) : 1;
-    return tasks;
+    return s->bias_stride[3] ? flash_back_key_blocks(s) : 1;
 }
 
 size_t flash_bias_jobs(const AttentionShape *s)
 {
-    BiasTasks tasks = bias_tasks(s);
-    return (size_t)tasks.own[0] * tasks.own[1] * tasks.blocks;
-}
-
-size_t flash_bias_count(const AttentionShape *s)
-{
-    BiasTasks tasks = bias_tasks(s);
-    return (size_t)tasks.own[0] * tasks.own[1] * tasks.own[2] * tasks.own[3];
+    Broadcast axes = broadcast_of(s);
+    return (size_t)axes.own[0] * axes.own[1] * jobs_of_a_head(s);
 }
 
 void flash_bias_gradient(FlashBackBlock x, float *scratch, size_t job)
 {
     const AttentionShape *s = x.s;
-    BiasTasks tasks = bias_tasks(s);
-    int b0 = (int)(job / tasks.blocks / tasks.own[1]), h0 = (int)(job / tasks.blocks % tasks.own[1]);
-    int first = s->bias_stride[3] ? (int)(job % tasks.blocks) : 0,
-        end = s->bias_stride[3] ? first + 1 : flash_back_key_blocks(s);
+    Broadcast axes = broadcast_of(s);
+    int jobs = jobs_of_a_head(s), blocks = flash_back_key_blocks(s) / jobs;
+    int b0 = (int)(job / jobs / axes.own[1]), h0 = (int)(job / jobs % axes.own[1]);
+    int first = (int)(job % jobs) * blocks;
 
-    for (x.b = b0; x.b < b0 + tasks.shared[0]; x.b++)
-        for (x.h = h0; x.h < h0 + tasks.shared[1]; x.h++)
-            for (int block = first; block < end; block++) {
+    for (x.b = b0; x.b < b0 + axes.shared[0]; x.b++)
+        for (x.h = h0; x.h < h0 + axes.shared[1]; x.h++)
+            for (int block = first; block < first + blocks; block++) {
                 x.kv_head = x.h / (s->heads / s->kv_heads);
                 flash_back_begin(&x, scratch, block);
                 for (int t = 0; flash_back_next(&x, t); t = x.t + FLASH_BACK_ROWS)

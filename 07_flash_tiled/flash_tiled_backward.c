@@ -37,22 +37,6 @@ static void add_scaled(float *restrict sum, float factor, const float *restrict 
         sum[i] += factor * row[i];
 }
 
-/* How the bias was broadcast: along each axis it holds `own` numbers, each shared by `shared` pairs. */
-typedef struct {
-    int own[4], shared[4];
-} Broadcast;
-
-static Broadcast broadcast_of(const AttentionShape *s)
-{
-    const int size[4] = {s->batch, s->heads, s->tokens, s->key_tokens};
-    Broadcast axes;
-    for (int i = 0; i < 4; i++) {
-        axes.own[i] = s->bias_stride[i] ? size[i] : 1;
-        axes.shared[i] = s->bias_stride[i] ? 1 : size[i];
-    }
-    return axes;
-}
-
 /* ---- With the matrix: forward's three steps, backwards, each over all T x TK scores. ---- */
 
 /* dbias from dS: each row of the bias is one task, which adds up the rows of dS that it was added to. */

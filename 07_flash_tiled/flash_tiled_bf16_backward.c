@@ -33,10 +33,9 @@ typedef struct {
     _Alignas(64) Pair weight_pairs[ROWS / 2 * KEYS]; /* (ROWS/2,KEYS): D and */
     Pair ds_pairs[ROWS / 2 * KEYS];                  /* dS, pairs of queries */
     Pair ds_rows[ROWS * KEYS / 2];                   /* (ROWS,KEYS/2): dS, pairs of keys */
-    float kept
-        [ROWS *
-         KEYS]; /* (ROWS,KEYS): dropout's factor, 0 or 1 / (1 - p); `forbidden` where a query may not look */
-    float lse[ROWS], delta[ROWS]; /* lse times log2 e, +inf for a row that saw nothing */
+    float kept[ROWS * KEYS];                         /* (ROWS,KEYS): dropout's factor, 0 or 1 / (1 - p); */
+                                                     /* `forbidden` where a query may not look */
+    float lse[ROWS], delta[ROWS];                    /* lse times log2 e, +inf for a row that saw nothing */
 
     int pairs, width;
     const Pair *q_rows, *dout_rows; /* (rows,pairs): in the tensors, or where HS is odd in */

@@ -25,7 +25,7 @@ enum {
     KEYS = FLASH_BACK_KEYS,
     STEP = FLASH_BACK_STEP, /* keys of a register tile of S or dP */
     UNIT = FLASH_BACK_UNIT, /* whole vectors of S, whole tiles of dK and dV, */
-    PAIR = 2 * LANES,       /* which are TILE keys by PAIR numbers */
+    PAIR = FLASH_BACK_PAIR, /* which are TILE keys by PAIR numbers */
 };
 
 /* ---- A block of keys ---- */
@@ -40,7 +40,8 @@ void flash_back_begin(FlashBackBlock *x, float *scratch, int number)
 {
     flash_back_lay_out(x, scratch, number);
     int HS = x->s->head_size, width = x->width;
-    memset(x->dk, 0, 2 * KEYS * (size_t)width * sizeof(float)); /* and dv, which lies behind it */
+    memset(x->dk, 0, (size_t)KEYS * width * sizeof *x->dk);
+    memset(x->dv, 0, (size_t)KEYS * width * sizeof *x->dv);
     for (int i0 = 0; i0 < KEYS; i0 += LANES)
         for (int d = 0; d < width; d += LANES) {
             Vector k[LANES] = {0}, v[LANES] = {0};
@@ -78,23 +79,30 @@ void flash_back_finish(const FlashBackBlock *x)
 
 /* ---- Queries meet it ---- */
 
+static const float *row_of_q(const FlashBackBlock *x, int r)
+{
+    const FlashView *view = &x->g->view;
+    return view->q + x->b * view->q_batch + x->h * view->q_head + (size_t)(x->t + r) * view->q_token;
+}
+static const float *row_of_dout(const FlashBackBlock *x, int r)
+{
+    const FlashView *view = &x->g->view;
+    return x->g->dout + x->b * view->out_batch + x->h * view->out_head + (size_t)(x->t + r) * view->out_token;
+}
+
 /* Q, dO, lse and delta. Rows from `rows` on are zero, and see nothing. */
 static void read_queries(FlashBackBlock *x)
 {
-    const FlashView *view = &x->g->view;
-    const float *q = view->q + x->b * view->q_batch + x->h * view->q_head + (size_t)x->t * view->q_token;
-    const float *dout =
-        x->g->dout + x->b * view->out_batch + x->h * view->out_head + (size_t)x->t * view->out_token;
     size_t first = lse_index(x->s, x->b, x->h, x->t);
     for (int r = 0; r < round_up(x->rows, TILE); r++) {
         bool is = r < x->rows;
+        const float *q = row_of_q(x, r), *dout = row_of_dout(x, r);
         for (int d = 0; d < x->width; d += LANES) {
             int n = is ? x->s->head_size - d : 0;
-            *(Vector *)(x->q + (size_t)r * x->width + d) =
-                x->s->scale * log2e * load_first(q + r * view->q_token + d, n);
-            *(Vector *)(x->dout + (size_t)r * x->width + d) = load_first(dout + r * view->out_token + d, n);
+            *(Vector *)(x->q + (size_t)r * x->width + d) = x->s->scale * log2e * load_first(q + d, n);
+            *(Vector *)(x->dout + (size_t)r * x->width + d) = load_first(dout + d, n);
         }
-        float lse = is ? view->lse[first + r] : -INFINITY;
+        float lse = is ? x->g->view.lse[first + r] : -INFINITY;
         x->lse[r] = lse == -INFINITY ? INFINITY : log2e * lse; /* 2^(score - inf) = 0 */
         x->delta[r] = is ? x->deltas[first + r] : 0;
     }
@@ -142,8 +150,7 @@ INLINE void multiply_keys(const FlashBackBlock *x, float *to, const float *left,
         for (int r = 0; r < x->rows; r += TILE) {
             const FlashSight *sight = &x->sight[r / TILE];
             int from = larger(key, sight->from), end = smaller(key + STEP, round_up(sight->to, UNIT));
-            switch (from < end ? (end - from) / LANES
-                               : 0) { /* constants, so that the sums stay in registers */
+            switch (larger(0, end - from) / LANES) { /* constants: so the sums stay in registers */
             case 1: multiply_tile(x, to, left, columns, is_score, r, from, 1); break;
             case 2: multiply_tile(x, to, left, columns, is_score, r, from, 2); break;
             case 3: multiply_tile(x, to, left, columns, is_score, r, from, 3); break;
@@ -154,10 +161,7 @@ INLINE void multiply_keys(const FlashBackBlock *x, float *to, const float *left,
 /* Memory is asked for a row of the next queries, and of their dq. */
 static void ask_for(const FlashBackBlock *x, int r)
 {
-    const FlashView *view = &x->g->view;
-    size_t t = (size_t)(x->t + ROWS + r);
-    const float *q = view->q + x->b * view->q_batch + x->h * view->q_head + t * view->q_token;
-    const float *dout = x->g->dout + x->b * view->out_batch + x->h * view->out_head + t * view->out_token;
+    const float *q = row_of_q(x, ROWS + r), *dout = row_of_dout(x, ROWS + r);
     const float *dq = x->dq + (size_t)r * x->dq_token;
     for (int d = 0; d < x->s->head_size; d += 16) {
         __builtin_prefetch(q + d, 0, 2);

@@ -15,6 +15,7 @@ enum {
     FLASH_BACK_KEYS = 288,                         /* keys of a tile */
     FLASH_BACK_UNIT = LANES > TILE ? LANES : TILE, /* what TILE queries see begins at multiples of it */
     FLASH_BACK_STEP = VECTORS * LANES,             /* keys of a register tile of scores */
+    FLASH_BACK_PAIR = 2 * LANES,                   /* numbers of a register tile of dQ, dK or dV */
     FLASH_BACK_SHARES = 16, /* with fewer key/value heads (B * NKV), their keys are shared out */
     FLASH_BACK_LISTS = 32,  /* how many lists of work there are at most */
 };
@@ -116,12 +117,11 @@ void flash_back_finish(const FlashBackBlock *x);
  * FLASH_BACK_UNIT (flash_pairs.c). */
 void flash_ask_row(const FlashBackBlock *x, int r);
 
-/* The gradient of a bias, flash_bias_count(s) numbers (flash_bias_backward.c). The first adds the dS of these queries and
+/* The gradient of a bias (flash_bias_backward.c). The first adds the dS of these queries and
  * keys to it. The second does job number `job` of flash_bias_jobs(s), which share no number of the bias. */
 void flash_back_add_bias(const FlashBackBlock *x);
 void flash_bias_gradient(FlashBackBlock x, float *scratch, size_t job);
 size_t flash_bias_jobs(const AttentionShape *s);
-size_t flash_bias_count(const AttentionShape *s);
 
 /*   delta     (B,NH,T)                      written: rowsum(dout * out)
  *   partial   flash_backward_partials(s)    what tasks that share a head add to dq: some times (B,NH,T,HS)

@@ -16,7 +16,7 @@ int flash_back_key_blocks(const AttentionShape *s)
 
 static int width_of(int head_size)
 {
-    return round_up(head_size, 2 * LANES); /* whole register tiles of dQ, dK and dV */
+    return round_up(head_size, FLASH_BACK_PAIR);
 }
 
 size_t flash_back_block_floats(int head_size)
@@ -231,7 +231,7 @@ void flash_attention_backward(const FlashBackward *g, float *delta, float *parti
     const FlashBackBlock x = {.g = g, .s = s, .deltas = delta, .dq = g->dq};
     row_deltas(delta, g, s);
     if (s->bias)
-        memset(g->dbias, 0, flash_bias_count(s) * sizeof *g->dbias);
+        memset(g->dbias, 0, broadcast_of(s).elements * sizeof *g->dbias);
 #pragma omp parallel for schedule(dynamic)
     for (size_t i = 0; i < n; i++)
         for (size_t job = jobs(s) * i / n; job < jobs(s) * (i + 1) / n; job++)

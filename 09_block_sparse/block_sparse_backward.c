@@ -33,22 +33,6 @@ static float dot(const float *a, const float *b, int n)
     return sum;
 }
 
-/* Along each axis the bias holds `own` numbers, each shared by `shared` pairs. */
-typedef struct {
-    int own[4], shared[4];
-} Broadcast;
-
-static Broadcast broadcast_of(const AttentionShape *s)
-{
-    const int size[4] = {s->batch, s->heads, s->tokens, s->key_tokens};
-    Broadcast axes;
-    for (int i = 0; i < 4; i++) {
-        axes.own[i] = s->bias_stride[i] ? size[i] : 1;
-        axes.shared[i] = s->bias_stride[i] ? 1 : size[i];
-    }
-    return axes;
-}
-
 /* Adds the gradients of n neighbouring scores to those of the numbers that were added to them: n, or one. */
 static void add_to_bias(float *dbias, const float *d_score, int n, const AttentionShape *s)
 {

@@ -46,7 +46,7 @@ typedef struct {
     double gflops, gb_per_s, percent_of_peak, pairs_kept, peak_mib, max_abs_err;
     const char *checked; /* "all" or "sample" */
     double
-        percent_of_reading; /* of read_burst_gb_per_s(), for people only; 0: reading is not what holds it up */
+        percent_of_reading; /* of read_burst_gb_per_s(); 0: reading is not what holds it up. For people only */
 } BenchmarkRow;
 
 /* Appends the row to the file, with the header line first when the file is new or empty. A file whose first

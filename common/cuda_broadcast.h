@@ -6,25 +6,6 @@
 #include "cuda_warp.h"
 #include "shape.h"
 
-/* Along each axis the bias holds `own` numbers, each shared by `shared` pairs. */
-typedef struct {
-    int own[4], shared[4];
-    size_t elements;
-} Broadcast;
-
-static inline Broadcast broadcast_of(const AttentionShape *s)
-{
-    const int size[4] = {s->batch, s->heads, s->tokens, s->key_tokens};
-    Broadcast axes;
-    axes.elements = 1;
-    for (int i = 0; i < 4; i++) {
-        axes.own[i] = s->bias_stride[i] ? size[i] : 1;
-        axes.shared[i] = s->bias_stride[i] ? 1 : size[i];
-        axes.elements *= axes.own[i];
-    }
-    return axes;
-}
-
 /* The keys t2 <= .. < t2_end of a rectangle of pairs are divided among `lanes` threads. */
 typedef struct {
     int b, h, t, t_end, t2, t2_end, lane, lanes;

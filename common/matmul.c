@@ -118,17 +118,17 @@ static void one_product(char transpose_a, char transpose_b, int m, int n, int k,
     size_t b_row = transpose_b == 'T' ? 1 : ld_b, b_column = transpose_b == 'T' ? ld_b : 1;
 
     for (int p = 0; p < k; p += DEPTH) {
-        int depth = (int)least(DEPTH, k - p);
+        int depth = smaller(DEPTH, k - p);
         for (int i = 0; i < m; i += ROWS)
             pack(packed_a + i * depth, a + i * a_row + p * a_column, a_column, a_row, depth,
-                 (int)least(ROWS, m - i), ROWS);
+                 smaller(ROWS, m - i), ROWS);
         for (int j = 0; j < n; j += COLUMNS) {
-            int columns = (int)least(COLUMNS, n - j);
+            int columns = smaller(COLUMNS, n - j);
             pack(packed_b, b + p * b_row + j * b_column, b_row, b_column, depth, columns, COLUMNS);
             for (int i = 0; i < m; i += ROWS) {
                 multiply_tile(tile, depth, packed_a + i * depth, packed_b);
-                write_tile(out + (size_t)i * ld_out + j, ld_out, (int)least(ROWS, m - i), columns, alpha,
-                           tile, p == 0 ? beta : 1);
+                write_tile(out + (size_t)i * ld_out + j, ld_out, smaller(ROWS, m - i), columns, alpha, tile,
+                           p == 0 ? beta : 1);
             }
         }
     }

@@ -116,6 +116,25 @@ HOST_DEVICE static inline float bias_at(const AttentionShape *s, int b, int h, i
     return s->bias ? bias_row(s, b, h, t)[t2 * s->bias_stride[3]] : 0.0f;
 }
 
+/* How the bias was broadcast: along each axis it holds `own` numbers, each shared by `shared` pairs; `elements` in all. */
+typedef struct {
+    int own[4], shared[4];
+    size_t elements;
+} Broadcast;
+
+static inline Broadcast broadcast_of(const AttentionShape *s)
+{
+    const int size[4] = {s->batch, s->heads, s->tokens, s->key_tokens};
+    Broadcast axes;
+    axes.elements = 1;
+    for (int i = 0; i < 4; i++) {
+        axes.own[i] = s->bias_stride[i] ? size[i] : 1;
+        axes.shared[i] = s->bias_stride[i] ? 1 : size[i];
+        axes.elements *= axes.own[i];
+    }
+    return axes;
+}
+
 /* Where a row of HS numbers starts: query (b, h, t) in q or out; key (b, h, t2) in k or v, h counted over the
  * query's heads: a group of NH / NKV query heads shares one key/value head. */
 HOST_DEVICE static inline size_t query_row(const AttentionShape *s, int b, int h, int t)
