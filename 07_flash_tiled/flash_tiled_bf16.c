@@ -199,39 +199,50 @@ static void finish(const Bf16Block *x, Bf16 *out, float *lse)
 
 /* ---- All blocks of a problem ---- */
 
-static size_t blocks_of_a_head(const AttentionShape *s)
+static FlashTeams teams_of(const AttentionShape *s)
 {
-    return ((size_t)s->tokens + ROWS - 1) / ROWS;
+    return flash_teams((size_t)s->batch * s->heads, s->tokens);
 }
 
 size_t bf16_scratch(const AttentionShape *s)
 {
-    return flash_task_scratch((size_t)s->batch * s->heads * blocks_of_a_head(s), s->head_size);
+    FlashTeams teams = teams_of(s);
+    return flash_team_scratch(&teams, s->head_size);
 }
 
 void attention_bf16(Bf16 *out, float *lse, float *copies, float *scratch, const Bf16 *q, const Bf16 *k,
                     const Bf16 *v, const AttentionShape *s)
 {
-    size_t heads = (size_t)s->batch * s->heads, of_a_head = blocks_of_a_head(s), blocks = heads * of_a_head;
+    size_t heads = (size_t)s->batch * s->heads, HS = s->head_size;
     Pair *values = (Pair *)copies, *keys = values + heads * value_pairs(s);
 #pragma omp parallel for
     for (size_t n = 0; n < heads; n++)
         copy_head(values + n * value_pairs(s), keys + n * key_pairs(s), k, v, s, n);
-#pragma omp parallel for schedule(dynamic)
-    for (int i = 0; i < FLASH_TASKS; i++)
-        for (size_t n = flash_task(i, blocks); n < flash_task(i + 1, blocks); n++) {
-            size_t head = n / of_a_head, t = n % of_a_head * ROWS, row = head * s->tokens + t;
-            Bf16Block x = {
+
+    FlashTeams teams = teams_of(s);
+#pragma omp parallel for schedule(dynamic) num_threads(flash_threads(&teams))
+    for (size_t n = 0; n < teams.count; n++) {
+        Bf16Block x[FLASH_TEAM];
+        FlashBlock *team[FLASH_TEAM];
+        size_t head = n / teams.of_a_head;
+        int blocks = 0, first = (int)(n % teams.of_a_head) * teams.blocks * ROWS;
+        float *own = flash_own_scratch(scratch, &teams, s->head_size);
+        for (int t = first; blocks < teams.blocks && t < s->tokens; blocks++, t += ROWS) {
+            x[blocks] = (Bf16Block){
                 .block = {.s = s, .b = (int)(head / s->heads), .attend_pairs = attend_pairs},
-                .k = s->head_size % 2 ? keys + head * key_pairs(s)
-                                      : (const Pair *)(k + head * s->key_tokens * s->head_size),
+                .k = HS % 2 ? keys + head * key_pairs(s) : (const Pair *)(k + head * s->key_tokens * HS),
                 .v = values + head * value_pairs(s),
             };
-            x.block.rows = smaller(ROWS, s->tokens - (int)t);
-            for (int r = 0; r < x.block.rows; r++)
-                x.block.row[r] = (FlashRow){.h = (int)(head % s->heads), .t = (int)t + r};
-            begin(&x, q + row * s->head_size, scratch + i * flash_scratch(s->head_size));
-            flash_attend_allowed(&x.block);
-            finish(&x, out + row * s->head_size, lse + row);
+            FlashBlock *block = team[blocks] = &x[blocks].block;
+            block->rows = smaller(ROWS, s->tokens - t);
+            for (int r = 0; r < block->rows; r++)
+                block->row[r] = (FlashRow){.h = (int)(head % s->heads), .t = t + r};
+            begin(&x[blocks], q + (head * s->tokens + t) * HS, own + blocks * flash_scratch(s->head_size));
         }
+        flash_attend_allowed(team, blocks);
+        for (int i = 0; i < blocks; i++) {
+            size_t row = head * s->tokens + first + i * ROWS;
+            finish(&x[i], out + row * HS, lse + row);
+        }
+    }
 }

@@ -87,28 +87,23 @@ bool flash_raise_maximum(FlashBlock *block, const Vector top[VECTORS], int from,
     return again;
 }
 
-/* p = 2^p, and l += their sum. Memory has little to do meanwhile: it is asked for the next tile. */
-INLINE void weigh(FlashBlock *block, float *p, int key, int keys, int from, int vectors)
+/* p = 2^p, and l += their sum. */
+INLINE void weigh(FlashBlock *block, float *p, int keys, int from, int vectors)
 {
     Vector sum[VECTORS] = {0};
-    for (int i = 0; i < keys; i++) {
-        size_t next = (size_t)(key + keys + i) * block->key_step;
-        for (int d = 0; d < block->s->head_size; d += 16) {
-            __builtin_prefetch(block->k + next + d, 0, 2);
-            __builtin_prefetch(block->v + next + d, 0, 2);
-        }
+    for (int i = 0; i < keys; i++)
         UNROLL for (int j = 0; j < vectors; j++)
         {
             Vector *at = (Vector *)(p + i * FLASH_ROWS) + from + j;
             *at = exp2_vector(*at);
             sum[j] += *at;
         }
-    }
     for (int j = 0; j < vectors; j++)
         ((Vector *)block->l)[from + j] += sum[j];
 }
 
-/* out += p^T V, TILE numbers of each value at a time. */
+/* out += p^T V, TILE numbers of each value at a time. Meanwhile memory is asked for the next tile: by every other step for
+ * its keys, else for its values, a row each time that a value is multiplied. */
 INLINE void add_values(FlashBlock *block, const float *p, int key, int keys, int from, int vectors)
 {
     int HS = block->s->head_size;
@@ -120,7 +115,8 @@ INLINE void add_values(FlashBlock *block, const float *p, int key, int keys, int
             v[i] = block->v + (size_t)key * block->key_step + smaller(d + i, HS - 1);
         EACH_VECTOR(i, j, vectors)
             c[i][j] = out[i * VECTORS + j];
-        multiply_add(c, vectors, v, block->key_step, p + from * LANES, FLASH_ROWS, keys);
+        const float *next = (d / TILE % 2 ? block->v : block->k) + (size_t)(key + keys) * block->key_step + d;
+        multiply_add_ahead(c, vectors, v, block->key_step, p + from * LANES, FLASH_ROWS, keys, next);
         EACH_VECTOR(i, j, vectors)
             out[i * VECTORS + j] = c[i][j];
     }
@@ -133,10 +129,13 @@ INLINE void attend_tile(FlashBlock *block, int key, int keys, bool ask, int from
     score_tile(block, p, top, key, keys, ask, from, vectors);
     if (flash_raise_maximum(block, top, from, vectors))
         score_tile(block, p, top, key, keys, ask, from, vectors);
-    weigh(block, p, key, keys, from, vectors);
+    weigh(block, p, keys, from, vectors);
     if (block->s->dropout > 0)
         flash_drop_out(block, p, key, keys, from, vectors);
     add_values(block, p, key, keys, from, vectors);
+    for (int end = smaller(block->asked + TILE, block->rows); block->asked < end; block->asked++)
+        for (int d = 0; d < block->s->head_size; d += 16)
+            __builtin_prefetch(block->row[block->asked].out + d, 1);
 }
 
 void flash_attend_tile(FlashBlock *block, int key, int keys, bool ask, int from, int vectors)

@@ -9,7 +9,8 @@
  *     flash_attend(&block, first, end, look);      any number of times, each key at most once
  *     flash_finish(&block);
  *
- * Nothing here is parallel: a block belongs to one thread, and its result does not depend on which one.
+ * A block belongs to one thread, and its result does not depend on which one. Blocks that read the same keys may be taken
+ * as a team, which walks along the keys together: flash_attend_allowed().
  * Dao, Fu, Ermon, Rudra and Re 2022 (FlashAttention), Dao 2023 (FlashAttention-2). */
 #ifndef FLASH_TILED_SIMD_H
 #define FLASH_TILED_SIMD_H
@@ -20,7 +21,8 @@
 enum {
     FLASH_ROWS = VECTORS * LANES, /* 48 with AVX-512, 24 with AVX2, else 12 */
     FLASH_KEYS = 128,             /* keys are taken in tiles of so many */
-    FLASH_TASKS = 128,            /* how many lists flash_task() cuts the blocks of a problem into */
+    FLASH_TEAM = 4,               /* blocks of a team, at most */
+    FLASH_THREADS = 128,          /* threads that there is scratch for */
 };
 
 typedef struct {
@@ -49,6 +51,10 @@ struct FlashBlock {
     _Alignas(64) int first[FLASH_ROWS]; /* a row sees no key outside first <= t2 < end */
     _Alignas(64) int end[FLASH_ROWS];
     bool one_run; /* each row sees every key from its first to its end, if there is no bias */
+    int asked;    /* the first rows, whose outputs memory has been asked for */
+    int key, all_first, all_end,
+        last; /* flash_attend_allowed(): keys yet to be met, key <= t2 < last; of these
+                                          all_first <= t2 < all_end are seen by all rows */
 
     /* NULL; bf16: what does a tile in flash_attend_tile()'s place. Its keys come in pairs, an even one first. */
     void (*attend_pairs)(FlashBlock *block, int key, int keys, bool ask, int from, int vectors);
@@ -82,10 +88,11 @@ void flash_attend_tile(FlashBlock *block, int key, int keys, bool ask, int from,
  * moves to the largest score, and what was summed up so far is mended; true if the tile must be scored again. */
 bool flash_raise_maximum(FlashBlock *block, const Vector top[VECTORS], int from, int vectors);
 
-/* Attends to every key that mask, causality, lengths and bias let these rows see: the run of keys that all
- * rows see without looking, the keys before and after it with. All that a chapter without block lists needs
- * between begin and finish. */
-void flash_attend_allowed(FlashBlock *block);
+/* Attends to every key that mask, causality, lengths and bias let the rows of n blocks see: the run of keys that all
+ * rows of a block see without looking, the keys before and after it with. All that a chapter without block lists needs
+ * between begin and finish. Blocks that read the same keys take a tile each in turn: so the tile comes once from far
+ * away, and then from a cache. */
+void flash_attend_allowed(FlashBlock *const *block, int n);
 
 /* What flash_attend() is told of its keys key .. key + keys - 1 by mask, lengths and bias (flash_pairs.c): terms
  * (keys, FLASH_ROWS) = the bias times log2 e, -inf where a row may not look and in the rows up to the next multiple
@@ -110,26 +117,26 @@ FlashSpan flash_span(const AttentionShape *s, int b, int t, int rows);
 /* Writes out and lse = m + log l of each row; zeros and -inf for a row that saw no key. */
 void flash_finish(FlashBlock *block);
 
-/* Task i of FLASH_TASKS does the blocks first <= n < end of `blocks`: neighbours, which share keys in the
- * cache. Each task needs scratch of its own: flash_task_scratch(blocks, HS) floats hold all of them, task i's
- * at i * flash_scratch(HS). The cut depends on the number of blocks alone, not on the threads, and so does
- * the memory.
+/* How the rows of a problem are shared out: they are `heads` lists of some rows, cut into blocks, and these into teams.
+ * That depends on the shape alone, and so does the memory; the threads take one team after the other. A thread keeps its
+ * scratch from team to team: it stays in the cache.
  *
- *     #pragma omp parallel for schedule(dynamic)
- *     for (int i = 0; i < FLASH_TASKS; i++)
- *         for (size_t n = flash_task(i, blocks); n < flash_task(i + 1, blocks); n++)
- *             one block, with scratch + i * flash_scratch(HS)
+ *     FlashTeams teams = flash_teams(heads, rows);
+ *     #pragma omp parallel for schedule(dynamic) num_threads(flash_threads(&teams))
+ *     for (size_t n = 0; n < teams.count; n++)
+ *         team n % teams.of_a_head of list n / teams.of_a_head, its first row at
+ *         n % teams.of_a_head * teams.blocks * FLASH_ROWS, with flash_own_scratch(scratch, &teams, HS)
  */
-static inline size_t flash_task(int i, size_t blocks)
-{
-    size_t tasks = blocks < FLASH_TASKS ? blocks : FLASH_TASKS;
-    return (size_t)i < tasks ? blocks * (size_t)i / tasks : blocks;
-}
+typedef struct {
+    int blocks; /* of a team */
+    size_t of_a_head, count;
+} FlashTeams;
+FlashTeams flash_teams(size_t heads, size_t rows);
+int flash_threads(const FlashTeams *teams);
 
-static inline size_t flash_task_scratch(size_t blocks, int head_size)
-{
-    return (blocks < FLASH_TASKS ? blocks : FLASH_TASKS) * flash_scratch(head_size);
-}
+/* Floats of scratch for all threads; the part of the thread that asks, flash_scratch(HS) for each block of a team. */
+size_t flash_team_scratch(const FlashTeams *teams, int head_size);
+float *flash_own_scratch(float *scratch, const FlashTeams *teams, int head_size);
 
 /* Heads that lie somewhere in larger rows, as in a packed projection (B,T,3C), which is then read in place:
  * query (b,h,t) is the HS numbers at q + b * q_batch + h * q_head + t * q_token, and likewise the rest. */

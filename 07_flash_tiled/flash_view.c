@@ -2,8 +2,22 @@
  * flash_tiled_simd.h. */
 #include "flash_tiled_simd.h"
 
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_max_threads(void)
+{
+    return 1;
+}
+static int omp_get_thread_num(void)
+{
+    return 0;
+}
+#endif
+
 void flash_begin_rows(FlashBlock *block)
 {
+    block->asked = 0;
     for (int r = 0; r < FLASH_ROWS; r++) {
         block->m[r] = block->l[r] = 0;
         block->first[r] = block->end[r] = 0;
@@ -48,20 +62,25 @@ static int seeing_vectors(const FlashBlock *block, int key, int keys, int *from,
     return keys;
 }
 
-void flash_attend(FlashBlock *block, int first, int end, bool look)
+/* Attends to a tile of the keys key <= t2 < end; returns where the next one begins. */
+static int attend_some(FlashBlock *block, int key, int end, bool look)
 {
-    for (int key = first, keys; key < end; key += keys) {
-        int from = 0, to = (block->rows + LANES - 1) / LANES;
-        keys = smaller(FLASH_KEYS, end - key);
-        if (look)
-            keys = seeing_vectors(block, key, keys, &from, &to);
-        if (from < to)
-            (block->attend_pairs ? block->attend_pairs
-                                 : flash_attend_tile)(block, key, keys, look || keys % TILE, from, to - from);
-    }
+    int from = 0, to = (block->rows + LANES - 1) / LANES, keys = smaller(FLASH_KEYS, end - key);
+    if (look)
+        keys = seeing_vectors(block, key, keys, &from, &to);
+    if (from < to)
+        (block->attend_pairs ? block->attend_pairs : flash_attend_tile)(block, key, keys, look || keys % TILE,
+                                                                        from, to - from);
+    return key + keys;
 }
 
-void flash_attend_allowed(FlashBlock *block)
+void flash_attend(FlashBlock *block, int first, int end, bool look)
+{
+    for (int key = first; key < end;)
+        key = attend_some(block, key, end, look);
+}
+
+static void find_keys(FlashBlock *block)
 {
     int first = block->first[0], all_first = first, end = block->end[0], all_end = end;
     for (int r = 1; r < block->rows; r++) {
@@ -70,55 +89,113 @@ void flash_attend_allowed(FlashBlock *block)
         end = larger(end, block->end[r]);
         all_end = smaller(all_end, block->end[r]);
     }
-    first = round_down(first, unit_of(block));
-    all_first = round_up(all_first, unit_of(block));
-    all_end = round_down(all_end, unit_of(block));
+    block->key = round_down(first, unit_of(block));
+    block->all_first = round_up(all_first, unit_of(block));
+    block->all_end = round_down(all_end, unit_of(block));
+    block->last = end;
     bool ask = !block->one_run || block->s->bias;
-    if (ask || all_first >= all_end)
-        all_first = all_end = end;
-    flash_attend(block, first, all_first, true);
-    flash_attend(block, all_first, all_end, false);
-    flash_attend(block, all_end, end, true);
+    if (ask || block->all_first >= block->all_end)
+        block->all_first = block->all_end = end;
 }
 
-static size_t blocks_of_a_head(const AttentionShape *s)
+void flash_attend_allowed(FlashBlock *const *block, int n)
 {
-    return ((size_t)s->tokens + FLASH_ROWS - 1) / FLASH_ROWS;
+    for (int i = 0; i < n; i++)
+        find_keys(block[i]);
+    for (bool more = true; more;) {
+        more = false;
+        for (int i = 0; i < n; i++) {
+            FlashBlock *x = block[i];
+            bool look = x->key < x->all_first || x->key >= x->all_end;
+            int end = x->key < x->all_first ? x->all_first : look ? x->last : x->all_end;
+            if (x->key < end)
+                x->key = attend_some(x, x->key, end, look);
+            more |= x->key < x->last;
+        }
+    }
+}
+
+/* ---- All blocks of a problem ---- */
+
+/* As large as leaves a team for each thread. */
+FlashTeams flash_teams(size_t heads, size_t rows)
+{
+    size_t blocks = (rows + FLASH_ROWS - 1) / FLASH_ROWS, wanted = heads * blocks / FLASH_THREADS;
+    FlashTeams teams = {.blocks = wanted < 1 ? 1 : wanted < FLASH_TEAM ? (int)wanted : FLASH_TEAM};
+    teams.of_a_head = (blocks + teams.blocks - 1) / teams.blocks;
+    teams.count = heads * teams.of_a_head;
+    return teams;
+}
+
+static int most_threads(const FlashTeams *teams)
+{
+    return teams->count < FLASH_THREADS ? larger(1, (int)teams->count) : FLASH_THREADS;
+}
+
+int flash_threads(const FlashTeams *teams)
+{
+    return smaller(omp_get_max_threads(), most_threads(teams));
+}
+
+size_t flash_team_scratch(const FlashTeams *teams, int head_size)
+{
+    return most_threads(teams) * teams->blocks * flash_scratch(head_size);
+}
+
+float *flash_own_scratch(float *scratch, const FlashTeams *teams, int head_size)
+{
+    return scratch + omp_get_thread_num() * teams->blocks * flash_scratch(head_size);
+}
+
+static FlashTeams teams_of(const AttentionShape *s)
+{
+    return flash_teams((size_t)s->batch * s->heads, s->tokens);
 }
 
 size_t flash_view_scratch(const AttentionShape *s)
 {
-    return flash_task_scratch((size_t)s->batch * s->heads * blocks_of_a_head(s), s->head_size);
+    FlashTeams teams = teams_of(s);
+    return flash_team_scratch(&teams, s->head_size);
 }
 
-static void attend_block(const FlashView *view, float *scratch, const AttentionShape *s, size_t n)
+static void begin_block(FlashBlock *block, const FlashView *view, float *scratch, const AttentionShape *s,
+                        size_t head, int t)
 {
-    size_t bh = n / blocks_of_a_head(s), b = bh / s->heads, h = bh % s->heads;
-    int t = (int)(n % blocks_of_a_head(s)) * FLASH_ROWS;
-    size_t head = b * view->k_batch + h * view->k_head;
-    FlashBlock block = {
-        .s = s, .b = (int)b, .k = view->k + head, .v = view->v + head, .key_step = view->k_token};
-    block.rows = smaller(FLASH_ROWS, s->tokens - t);
-    for (int r = 0; r < block.rows; r++)
-        block.row[r] = (FlashRow){
+    size_t b = head / s->heads, h = head % s->heads, k_head = b * view->k_batch + h * view->k_head;
+    *block = (FlashBlock){.s = s,
+                          .b = (int)b,
+                          .k = view->k + k_head,
+                          .v = view->v + k_head,
+                          .key_step = view->k_token,
+                          .rows = smaller(FLASH_ROWS, s->tokens - t)};
+    for (int r = 0; r < block->rows; r++)
+        block->row[r] = (FlashRow){
             .q = view->q + b * view->q_batch + h * view->q_head + (size_t)(t + r) * view->q_token,
             .out = view->out + b * view->out_batch + h * view->out_head + (size_t)(t + r) * view->out_token,
             .lse = view->lse ? view->lse + lse_index(s, (int)b, (int)h, t + r) : NULL,
             .h = (int)h,
             .t = t + r,
         };
-    flash_begin(&block, scratch);
-    flash_attend_allowed(&block);
-    flash_finish(&block);
+    flash_begin(block, scratch);
 }
 
 void flash_attention(const FlashView *view, float *scratch, const AttentionShape *s)
 {
-    size_t blocks = (size_t)s->batch * s->heads * blocks_of_a_head(s);
-#pragma omp parallel for schedule(dynamic)
-    for (int i = 0; i < FLASH_TASKS; i++)
-        for (size_t n = flash_task(i, blocks); n < flash_task(i + 1, blocks); n++)
-            attend_block(view, scratch + i * flash_scratch(s->head_size), s, n);
+    FlashTeams teams = teams_of(s);
+#pragma omp parallel for schedule(dynamic) num_threads(flash_threads(&teams))
+    for (size_t n = 0; n < teams.count; n++) {
+        FlashBlock block[FLASH_TEAM], *team[FLASH_TEAM];
+        int blocks = 0, t = (int)(n % teams.of_a_head) * teams.blocks * FLASH_ROWS;
+        float *own = flash_own_scratch(scratch, &teams, s->head_size);
+        for (; blocks < teams.blocks && t < s->tokens; blocks++, t += FLASH_ROWS) {
+            team[blocks] = &block[blocks];
+            begin_block(team[blocks], view, own + blocks * flash_scratch(s->head_size), s,
+                        n / teams.of_a_head, t);
+        }
+        flash_attend_allowed(team, blocks);
+        for (int i = 0; i < blocks; i++)
+            flash_finish(team[i]);
+    }
 }
 
 FlashView flash_view(const float *q, const float *k, const float *v, float *out, float *lse,

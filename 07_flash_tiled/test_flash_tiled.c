@@ -271,9 +271,9 @@ Test(tiles, memory_is_linear_in_tokens)
 {
     cr_expect(workspace_of("tiled", 1024) == 3 * 12 * 1024, "m, l and one score a row");
     cr_expect(workspace_of("tiled", 1 << 20) == 1024 * workspace_of("tiled", 1024));
-    cr_expect(workspace_of("simd", 1 << 20) <= FLASH_TASKS * flash_scratch(64),
-              "no more than its tasks need");
-    cr_expect(workspace_of("simd", 1) == 12 * flash_scratch(64), "one task a head");
+    cr_expect(workspace_of("simd", 1 << 20) == FLASH_THREADS * FLASH_TEAM * flash_scratch(64),
+              "as much as all threads need");
+    cr_expect(workspace_of("simd", 1) == 12 * flash_scratch(64), "one block a head");
 }
 
 /* ---- The lazy maximum ---- */
@@ -462,7 +462,7 @@ Test(steps, rows_of_any_heads_and_keys_in_any_order)
     cr_expect(furthest(lse, p.lse, HEADS * T) <= 2e-6);
 
     flash_begin(&block, scratch);
-    flash_attend_allowed(&block);
+    flash_attend_allowed((FlashBlock *[]){&block}, 1);
     flash_finish(&block);
     cr_expect(furthest(out, p.out, HEADS * T * HS) <= 2e-6);
     flash_begin(&block, scratch);
@@ -472,13 +472,54 @@ Test(steps, rows_of_any_heads_and_keys_in_any_order)
     free_example(&p);
 }
 
-Test(steps, tasks_cover_every_block_once)
+/* Blocks that begin and end at different keys, with one of them done long before the others. */
+Test(steps, a_team_gives_what_each_block_alone_gives)
 {
-    for (size_t blocks = 0; blocks < 1000; blocks += 37) {
-        cr_expect(flash_task(0, blocks) == 0 && flash_task(FLASH_TASKS, blocks) == blocks);
-        for (int i = 0; i < FLASH_TASKS; i++)
-            cr_expect(flash_task(i, blocks) <= flash_task(i + 1, blocks));
+    enum { TEAM = 3, T = TEAM * FLASH_ROWS - 5, TK = 700, HS = 24 };
+    Example p = example(1, 1, T, TK, HS);
+    p.s.mask = (Mask){.kind = MASK_WINDOW, .width = 300};
+    float *scratch = allocate_floats(TEAM * flash_scratch(HS)), *lse = allocate_floats(T);
+    float *out[2] = {allocate_floats(T * HS), allocate_floats(T * HS)};
+    for (int together = 0; together < 2; together++) {
+        FlashBlock block[TEAM], *team[TEAM];
+        for (int i = 0; i < TEAM; i++) {
+            team[i] = &block[i];
+            block[i] = (FlashBlock){.s = &p.s, .k = p.k, .v = p.v, .key_step = HS};
+            for (int t = i * FLASH_ROWS; t < smaller((i + 1) * FLASH_ROWS, T); t++)
+                block[i].row[block[i].rows++] =
+                    (FlashRow){.q = p.q + t * HS, .out = out[together] + t * HS, .lse = lse + t, .t = t};
+            flash_begin(&block[i], scratch + i * flash_scratch(HS));
+            if (!together)
+                flash_attend_allowed(&team[i], 1);
+        }
+        if (together)
+            flash_attend_allowed(team, TEAM);
+        for (int i = 0; i < TEAM; i++)
+            flash_finish(&block[i]);
     }
+    attend(&p, "tiled");
+    cr_expect(furthest(out[0], p.out, T * HS) <= 2e-6);
+    cr_expect(memcmp(out[0], out[1], T * HS * sizeof(float)) == 0);
+    free(scratch);
+    free(lse);
+    free(out[0]);
+    free(out[1]);
+    free_example(&p);
+}
+
+Test(steps, teams_have_room_for_every_row_and_keep_to_their_scratch)
+{
+    for (size_t heads = 1; heads < 200; heads += 27)
+        for (size_t rows = 1; rows < 3000; rows += 77) {
+            FlashTeams teams = flash_teams(heads, rows);
+            size_t of_a_team = (size_t)teams.blocks * FLASH_ROWS;
+            cr_assert(teams.blocks >= 1 && teams.blocks <= FLASH_TEAM);
+            cr_assert(teams.count == heads * teams.of_a_head);
+            cr_assert(teams.of_a_head * of_a_team >= rows && (teams.of_a_head - 1) * of_a_team < rows);
+            int threads = flash_threads(&teams);
+            cr_assert(threads >= 1 && (size_t)threads <= teams.count);
+            cr_assert((size_t)threads * teams.blocks * flash_scratch(5) <= flash_team_scratch(&teams, 5));
+        }
 }
 
 /* ---- The modules ---- */

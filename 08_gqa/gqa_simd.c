@@ -7,45 +7,41 @@
 #include "../07_flash_tiled/flash_tiled_simd.h"
 #include "split_keys_simd.h"
 
-/* The (token, head of the group) pairs of one key/value head, token by token, cut into blocks. */
-static size_t blocks_of_kv_head(const AttentionShape *s)
+/* The rows of a key/value head are its (token, head of the group) pairs, token by token. */
+static size_t rows_of_kv_head(const AttentionShape *s)
 {
-    size_t rows = (size_t)s->tokens * (s->heads / s->kv_heads);
-    return (rows + FLASH_ROWS - 1) / FLASH_ROWS;
+    return (size_t)s->tokens * (s->heads / s->kv_heads);
 }
 
-static size_t all_blocks(const AttentionShape *s)
+static FlashTeams teams_of(const AttentionShape *s)
 {
-    return (size_t)s->batch * s->kv_heads * blocks_of_kv_head(s);
+    return flash_teams((size_t)s->batch * s->kv_heads, rows_of_kv_head(s));
 }
 
 size_t grouped_simd_scratch(const AttentionShape *s)
 {
-    return split_keys_wins(s) ? split_keys_scratch(s) : flash_task_scratch(all_blocks(s), s->head_size);
+    FlashTeams teams = teams_of(s);
+    return split_keys_wins(s) ? split_keys_scratch(s) : flash_team_scratch(&teams, s->head_size);
 }
 
-static void attend_block(float *out, float *lse, float *scratch, const float *q, const float *k,
-                         const float *v, const AttentionShape *s, size_t n)
+/* The rows from `first` on of a key/value head; these heads are counted over all batch entries. */
+static void begin_block(FlashBlock *block, float *out, float *lse, float *scratch, const float *q,
+                        const float *k, const float *v, const AttentionShape *s, size_t kv_head, size_t first)
 {
     int group = s->heads / s->kv_heads;
-    size_t rows = (size_t)s->tokens * group, first = n % blocks_of_kv_head(s) * FLASH_ROWS;
-    size_t kv_head = n / blocks_of_kv_head(s); /* counted over all batch entries */
     int b = (int)(kv_head / s->kv_heads), first_head = (int)(kv_head % s->kv_heads) * group;
-
-    FlashBlock block = {.s = s, .b = b, .key_step = s->head_size};
-    block.k = k + key_row(s, b, first_head, 0);
-    block.v = v + key_row(s, b, first_head, 0);
-    for (size_t i = first; i < rows && block.rows < FLASH_ROWS; i++) {
+    *block = (FlashBlock){.s = s, .b = b, .key_step = s->head_size};
+    block->k = k + key_row(s, b, first_head, 0);
+    block->v = v + key_row(s, b, first_head, 0);
+    for (size_t i = first; i < rows_of_kv_head(s) && block->rows < FLASH_ROWS; i++) {
         int t = (int)(i / group), h = first_head + (int)(i % group);
-        block.row[block.rows++] = (FlashRow){.q = q + query_row(s, b, h, t),
-                                             .out = out + query_row(s, b, h, t),
-                                             .lse = lse ? lse + lse_index(s, b, h, t) : NULL,
-                                             .h = h,
-                                             .t = t};
+        block->row[block->rows++] = (FlashRow){.q = q + query_row(s, b, h, t),
+                                               .out = out + query_row(s, b, h, t),
+                                               .lse = lse ? lse + lse_index(s, b, h, t) : NULL,
+                                               .h = h,
+                                               .t = t};
     }
-    flash_begin(&block, scratch);
-    flash_attend_allowed(&block);
-    flash_finish(&block);
+    flash_begin(block, scratch);
 }
 
 void attention_grouped_simd(float *out, float *lse, float *scratch, const float *q, const float *k,
@@ -55,8 +51,19 @@ void attention_grouped_simd(float *out, float *lse, float *scratch, const float 
         attention_split_keys(out, lse, scratch, q, k, v, (size_t)s->key_tokens * s->head_size, s);
         return;
     }
-#pragma omp parallel for schedule(dynamic)
-    for (int i = 0; i < FLASH_TASKS; i++)
-        for (size_t n = flash_task(i, all_blocks(s)); n < flash_task(i + 1, all_blocks(s)); n++)
-            attend_block(out, lse, scratch + i * flash_scratch(s->head_size), q, k, v, s, n);
+    FlashTeams teams = teams_of(s);
+#pragma omp parallel for schedule(dynamic) num_threads(flash_threads(&teams))
+    for (size_t n = 0; n < teams.count; n++) {
+        FlashBlock block[FLASH_TEAM], *team[FLASH_TEAM];
+        size_t blocks = 0, first = n % teams.of_a_head * teams.blocks * FLASH_ROWS;
+        float *own = flash_own_scratch(scratch, &teams, s->head_size);
+        for (; blocks < (size_t)teams.blocks && first < rows_of_kv_head(s); blocks++, first += FLASH_ROWS) {
+            team[blocks] = &block[blocks];
+            begin_block(team[blocks], out, lse, own + blocks * flash_scratch(s->head_size), q, k, v, s,
+                        n / teams.of_a_head, first);
+        }
+        flash_attend_allowed(team, (int)blocks);
+        for (size_t i = 0; i < blocks; i++)
+            flash_finish(team[i]);
+    }
 }

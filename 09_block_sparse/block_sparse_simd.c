@@ -7,120 +7,111 @@
 
 enum { FINE = 16 }; /* a partial block is looked at in strips of so many keys */
 
-/* Keys that wait to be attended to. Neighbours of one kind go together, since long runs are fast. */
+/* Up to FLASH_ROWS of the rows of a query block, and the keys that they are yet to meet. Neighbours of one kind wait for
+ * each other, as long runs are fast. */
 typedef struct {
+    FlashBlock block;
+    int t0, t1; /* the rows t0 <= t < t1 */
     int first, end;
     bool look; /* ask about each pair */
-} KeyRun;
+} Piece;
 
-static void add_keys(FlashBlock *block, KeyRun *run, int first, int end, BlockKind kind)
+static void meet_keys(Piece *x)
 {
-    bool look = kind == BLOCK_PARTIAL || block->s->bias;
-    if (run->end == first && run->look == look) {
-        run->end = end;
+    flash_attend(&x->block, x->first, x->end, x->look);
+    x->first = x->end;
+}
+
+static void add_keys(Piece *x, int first, int end, BlockKind kind)
+{
+    bool look = kind == BLOCK_PARTIAL || x->block.s->bias;
+    if (x->end != first || x->look != look || first - x->first >= FLASH_KEYS) {
+        meet_keys(x);
+        x->first = first;
+        x->look = look;
+    }
+    x->end = end;
+}
+
+/* The piece meets a block of the list. It has fewer rows than the list is of, so of a partial block some strips are
+ * empty for it and some are full: asked once more, the closed form leaves out a good part. */
+static void add_block(Piece *x, const ListedBlock *listed, int N)
+{
+    const AttentionShape *s = x->block.s;
+    int first = listed->key_block * N, end = smaller(first + N, s->key_tokens);
+    if (listed->kind == BLOCK_FULL) {
+        add_keys(x, first, end, BLOCK_FULL);
         return;
     }
-    flash_attend(block, run->first, run->end, run->look);
-    *run = (KeyRun){first, end, look};
-}
-
-/* The rows t0 <= t < t1 meet the blocks of their list. They are fewer than the block's own rows, so of a
- * partial block some strips are empty for them and some are full: asked once more, the closed form leaves
- * out a good part. */
-static void attend_listed(FlashBlock *block, const ListedBlock *list, int listed, int N, int t0, int t1)
-{
-    const AttentionShape *s = block->s;
-    KeyRun run = {0};
-    for (int n = 0; n < listed; n++) {
-        int first = list[n].key_block * N, end = smaller(first + N, s->key_tokens);
-        if (list[n].kind == BLOCK_FULL) {
-            add_keys(block, &run, first, end, BLOCK_FULL);
-            continue;
-        }
-        for (int strip = first; strip < end; strip += FINE) {
-            int strip_end = smaller(strip + FINE, end);
-            BlockKind kind = closed_form(s, block->b, t0, t1, strip, strip_end);
-            if (kind != BLOCK_EMPTY)
-                add_keys(block, &run, strip, strip_end, kind);
-        }
+    for (int strip = first; strip < end; strip += FINE) {
+        int strip_end = smaller(strip + FINE, end);
+        BlockKind kind = closed_form(s, x->block.b, x->t0, x->t1, strip, strip_end);
+        if (kind != BLOCK_EMPTY)
+            add_keys(x, strip, strip_end, kind);
     }
-    flash_attend(block, run.first, run.end, run.look);
 }
 
-/* A block of N rows is cut into pieces that fit a FlashBlock. */
-static int pieces_of_block(const AttentionShape *s)
+/* A block of N rows is cut into pieces, and these into teams, which take the blocks of their list together. */
+static FlashTeams teams_of(const AttentionShape *s)
 {
-    return (s->block - 1) / FLASH_ROWS + 1;
-}
-
-static size_t all_pieces(const AttentionShape *s)
-{
-    return (size_t)s->batch * s->heads * ((s->tokens - 1) / s->block + 1) * pieces_of_block(s);
+    return flash_teams((size_t)s->batch * s->heads * ((s->tokens - 1) / s->block + 1), s->block);
 }
 
 size_t block_sparse_scratch(const AttentionShape *s)
 {
-    return flash_task_scratch(all_pieces(s), s->head_size);
+    FlashTeams teams = teams_of(s);
+    return flash_team_scratch(&teams, s->head_size);
 }
 
-/* Asks for the rows t0 <= t < t1, HS numbers each, ahead of their use: a row is read or written once, and a window leaves
- * little time in between. */
-INLINE void ask_for_rows(const float *head, size_t step, int t0, int t1, int HS, bool to_write)
+static void begin_piece(Piece *x, float *scratch, const FlashView *view, const AttentionShape *s, size_t bh,
+                        int t0, int t1)
 {
-    for (int t = t0; t < t1; t++)
-        for (int d = 0; d < HS; d += 16) {
-            if (to_write)
-                __builtin_prefetch(head + t * step + d, 1);
-            else
-                __builtin_prefetch(head + t * step + d, 0, 2);
-        }
-}
-
-/* Piece n of all, counted over (b, h, query block, pieces of the block). */
-static void attend_piece(const FlashView *view, float *scratch, const BlockMask *mask,
-                         const AttentionShape *s, size_t n)
-{
-    int N = mask->block, each = pieces_of_block(s);
-    int piece = (int)(n % each), i = (int)(n / each % mask->query_blocks);
-    size_t bh = n / each / mask->query_blocks, b = bh / s->heads, h = bh % s->heads;
-    int t0 = i * N + piece * FLASH_ROWS, t1 = smaller(t0 + FLASH_ROWS, smaller((i + 1) * N, s->tokens));
-    if (t0 >= t1)
-        return; /* the last block is cut short */
-
+    size_t b = bh / s->heads, h = bh % s->heads;
     size_t head = b * view->k_batch + h / (s->heads / s->kv_heads) * view->k_head;
-    FlashBlock block = {.s = s,
-                        .b = (int)b,
-                        .k = view->k + head,
-                        .v = view->v + head,
-                        .key_step = view->k_token,
-                        .rows = t1 - t0};
+    *x = (Piece){.t0 = t0, .t1 = t1};
+    x->block = (FlashBlock){.s = s,
+                            .b = (int)b,
+                            .k = view->k + head,
+                            .v = view->v + head,
+                            .key_step = view->k_token,
+                            .rows = t1 - t0};
     const float *q = view->q + b * view->q_batch + h * view->q_head;
     float *out = view->out + b * view->out_batch + h * view->out_head;
     for (int t = t0; t < t1; t++)
-        block.row[t - t0] = (FlashRow){
+        x->block.row[t - t0] = (FlashRow){
             .q = q + t * view->q_token,
             .out = out + t * view->out_token,
             .lse = view->lse ? view->lse + lse_index(s, (int)b, (int)h, t) : NULL,
             .h = (int)h,
             .t = t,
         };
-    int listed;
-    const ListedBlock *list = block_list(mask, (int)b, (int)h, i, &listed);
-    flash_begin(&block, scratch);
-    ask_for_rows(out, view->out_token, t0, t1, s->head_size, true);
-    ask_for_rows(q, view->q_token, t1, smaller(t1 + FLASH_ROWS, s->tokens), s->head_size, false);
-    attend_listed(&block, list, listed, N, t0, t1);
-    flash_finish(&block);
+    flash_begin(&x->block, scratch);
 }
 
 /* Over heads that lie as the view says; see FlashView. */
 static void attend_view(const FlashView *view, float *scratch, const BlockMask *mask, const AttentionShape *s)
 {
-    size_t pieces = all_pieces(s);
-#pragma omp parallel for schedule(dynamic)
-    for (int task = 0; task < FLASH_TASKS; task++)
-        for (size_t n = flash_task(task, pieces); n < flash_task(task + 1, pieces); n++)
-            attend_piece(view, scratch + task * flash_scratch(s->head_size), mask, s, n);
+    FlashTeams teams = teams_of(s);
+#pragma omp parallel for schedule(dynamic) num_threads(flash_threads(&teams))
+    for (size_t n = 0; n < teams.count; n++) {
+        size_t of_all = n / teams.of_a_head, bh = of_all / mask->query_blocks; /* the query block, the head */
+        int i = (int)(of_all % mask->query_blocks), N = mask->block;
+        int t = i * N + (int)(n % teams.of_a_head) * teams.blocks * FLASH_ROWS;
+        int end = smaller((i + 1) * N, s->tokens), pieces = 0, listed;
+        float *own = flash_own_scratch(scratch, &teams, s->head_size);
+        Piece piece[FLASH_TEAM];
+        for (; pieces < teams.blocks && t < end; pieces++, t += FLASH_ROWS)
+            begin_piece(&piece[pieces], own + pieces * flash_scratch(s->head_size), view, s, bh, t,
+                        smaller(t + FLASH_ROWS, end));
+        const ListedBlock *list = block_list(mask, (int)(bh / s->heads), (int)(bh % s->heads), i, &listed);
+        for (int j = 0; j < listed; j++)
+            for (int p = 0; p < pieces; p++)
+                add_block(&piece[p], &list[j], N);
+        for (int p = 0; p < pieces; p++) {
+            meet_keys(&piece[p]);
+            flash_finish(&piece[p].block);
+        }
+    }
 }
 
 void attention_block_sparse_simd(float *out, float *lse, float *scratch, const float *q, const float *k,

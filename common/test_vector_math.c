@@ -1,5 +1,6 @@
-/* fast_exp against the math library's exp in double, in loops that the compiler may turn into vectors. */
+/* fast_exp and exp2_vector against the math library in double; fast_exp in loops that the compiler may turn into vectors. */
 #include "vector_math.h"
+#include "vectors.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
@@ -86,4 +87,44 @@ Test(vector_math, fast_exp_keeps_neighbours_apart)
             cr_assert(isnan(out[i]));
         else
             cr_assert(error_in_ulps(out[i], x[i]) <= 2);
+}
+
+/* ---- exp2_vector ---- */
+
+static Vector lanes_from(float first, float step)
+{
+    Vector x;
+    for (int i = 0; i < LANES; i++)
+        x[i] = first + i * step;
+    return x;
+}
+
+Test(vector_math, exp2_vector_is_within_2_ulps)
+{
+    const float step = 1.0f / 4096;
+    for (float first = -125; first < 100; first += LANES * step) {
+        Vector x = lanes_from(first, step), y = exp2_vector(x);
+        for (int i = 0; i < LANES; i++) {
+            double exact = exp2(x[i]), ulp = ldexp(1, ilogb((float)exact) - 23);
+            cr_assert(fabs(y[i] - exact) <= 2 * ulp, "2^%.9g is %.9g, not %.9g", x[i], y[i], exact);
+        }
+    }
+}
+
+Test(vector_math, exp2_vector_at_its_ends)
+{
+    const float none[] = {-150.6f, -1e3f, -1e8f, -1e20f, -3e38f, -INFINITY};
+    for (size_t n = 0; n < sizeof none / sizeof *none; n++) {
+        Vector x = lanes_from(0, 1);
+        x[n % LANES] = none[n];
+        x[(n + 1) % LANES] = NAN;
+        Vector y = exp2_vector(x);
+        for (int i = 0; i < LANES; i++)
+            if (i == (int)n % LANES)
+                cr_assert(y[i] == 0 && !signbit(y[i]), "2^%g is %g", x[i], y[i]);
+            else if (i == (int)(n + 1) % LANES)
+                cr_assert(isnan(y[i]), "2^NaN is %g", y[i]);
+            else
+                cr_assert(y[i] == ldexpf(1, i), "2^%d is %g beside them", i, y[i]);
+    }
 }

@@ -85,22 +85,27 @@ static inline Vector vector_max(Vector a, Vector b)
 }
 
 /* 2^x for x <= 127: the nearest integer n goes into the exponent, a polynomial of degree 6 (minimax, 2e-9)
- * takes the rest. Below -127 the result is exactly 0, for -inf too; NaN stays NaN. Adding 1.5 * 2^23 leaves
+ * takes the rest. Below -150 the result is exactly 0, for -inf too; NaN stays NaN. Adding 1.5 * 2^23 leaves
  * no room for a fraction: the sum's low bits are n. */
 INLINE Vector exp2_vector(Vector x)
 {
     const float shift = 12582912.0f;
+#ifndef __AVX512F__
     x = vector_max((Vector){0} - 127.0f, x);
+#endif
     Vector shifted = x + shift;
-    Vector f = x - (shifted - shift);
+    Vector n = shifted - shift, f = x - n;
     Vector p = 1.534581201e-4f * f + 1.339993122e-3f;
     p = p * f + 9.618488957e-3f;
     p = p * f + 5.550328777e-2f;
     p = p * f + 2.402264689e-1f;
     p = p * f + 6.931472057e-1f;
     p = p * f + 1.0f;
-    IntVector two_to_n = ((IntVector)shifted + 127) << 23;
-    return p * (Vector)two_to_n;
+#ifdef __AVX512F__
+    return (Vector)_mm512_scalef_ps((__m512)p, (__m512)n); /* p * 2^n, and 0 for n = -inf whatever p is */
+#else
+    return p * (Vector)(((IntVector)shifted + 127) << 23);
+#endif
 }
 
 /* The first n numbers from an address that needs no alignment, then zeros; to such an address. n <= 0: none. */
@@ -145,13 +150,22 @@ INLINE void transpose(Vector row[LANES])
 
 /* c[i][j] += the sum over k < n of a[i][k * a_step] * b[k * b_step][j]: TILE numbers of a, each broadcast to a
  * whole vector, by up to VECTORS vectors of b. b is aligned. It is always inlined with `vectors` a constant, and c
- * has a constant size: only so do all of c stay in registers. */
+ * has a constant size: only so do all of c stay in registers.
+ * ahead: what lies at ahead + k * a_step will soon be read, and is brought near meanwhile; NULL: nothing. */
+INLINE void multiply_add_ahead(Vector c[TILE][VECTORS], int vectors, const float *const a[TILE],
+                               size_t a_step, const float *b, size_t b_step, int n, const float *ahead)
+{
+    for (int k = 0; k < n; k++, b += b_step) {
+        if (ahead)
+            __builtin_prefetch(ahead + k * a_step, 0, 2);
+        EACH_VECTOR(i, j, vectors)
+            c[i][j] += a[i][k * a_step] * ((const Vector *)b)[j];
+    }
+}
 INLINE void multiply_add(Vector c[TILE][VECTORS], int vectors, const float *const a[TILE], size_t a_step,
                          const float *b, size_t b_step, int n)
 {
-    for (int k = 0; k < n; k++, b += b_step)
-        EACH_VECTOR(i, j, vectors)
-            c[i][j] += a[i][k * a_step] * ((const Vector *)b)[j];
+    multiply_add_ahead(c, vectors, a, a_step, b, b_step, n, NULL);
 }
 
 #endif
