@@ -17,7 +17,7 @@ edit flash_tiled_simd.c '*at = exp2_vector(*at);' 'for (int lane = 0; lane < LAN
 trick triangle 'tiles above the diagonal are scored and then masked' \
     'what no row sees is left out' causal
 edit flash_view.c 'keys = seeing_vectors(block, key, keys, &from, &to);' '(void)seeing_vectors;'
-edit flash_view.c 'flash_attend(block, all_end, end, true);' 'flash_attend(block, all_end, block->s->key_tokens, true);'
+edit flash_view.c 'block->last = end;' 'block->last = block->s->key_tokens;'
 
 trick sums 'the sums of 2 keys at a time' \
     'with more (AVX-512: 8) no multiply-add waits for the one before it, and a vector that is loaded is used for each of them'
@@ -36,7 +36,7 @@ edit flash_tiled_simd.c 'for (int d = 0; d < HS; d += TILE) {' 'float copy[FLASH
         memcpy(copy + i * HS, block->v + (size_t)(key + i) * block->key_step, HS * sizeof *copy);
     for (int d = 0; d < HS; d += TILE) {'
 edit flash_tiled_simd.c 'v[i] = block->v + (size_t)key * block->key_step + ' 'v[i] = copy + '
-edit flash_tiled_simd.c 'multiply_add(c, vectors, v, block->key_step, ' 'multiply_add(c, vectors, v, HS, '
+edit flash_tiled_simd.c 'multiply_add_ahead(c, vectors, v, block->key_step, ' 'multiply_add_ahead(c, vectors, v, HS, '
 
 trick keys '16 keys a tile' \
     'with 128 the output is loaded and stored an eighth as often'
@@ -70,10 +70,13 @@ edit flash_tiled_simd.c 'top[j] = vector_max(scores[i * VECTORS + j], top[j]);' 
             top[j] = vector_max(*at, top[j]);
         }'
 
-trick prefetch 'nothing is fetched ahead' \
-    'memory, idle during 2^x, is asked for the next tile'
-edit flash_tiled_simd.c '__builtin_prefetch(block->k + next + d, 0, 2);' '(void)next;'
-edit flash_tiled_simd.c '__builtin_prefetch(block->v + next + d, 0, 2);' ''
+trick prefetch 'no tile is fetched ahead' \
+    'during the second product memory is asked for the next tile, a row at a time'
+edit flash_tiled_simd.c 'FLASH_ROWS, keys, next);' 'FLASH_ROWS, keys, ((void)next, NULL));'
+
+trick team 'each block of queries walks along the keys alone' \
+    'a tile that comes from far away serves four blocks'
+edit flash_tiled_simd.h 'FLASH_TEAM = 4,' 'FLASH_TEAM = 1,'
 
 trick diagonal 'along the diagonal whole blocks are scored and then masked' \
     'single vectors of queries that see none of the keys are left out' causal
