@@ -90,21 +90,27 @@ static const float *row_of_dout(const FlashBackBlock *x, int r)
     return x->g->dout + x->b * view->out_batch + x->h * view->out_head + (size_t)(x->t + r) * view->out_token;
 }
 
-/* Q, dO, lse and delta. Rows from `rows` on are zero, and see nothing. */
-static void read_queries(FlashBackBlock *x)
+/* Row r of Q, times scale and log2 e, or of dO; zeros from row `rows` on. Memory is asked for the next queries' row. */
+INLINE void read_row(const FlashBackBlock *x, int r, bool is_q)
+{
+    const float *from = is_q ? row_of_q(x, r) : row_of_dout(x, r);
+    const float *next = is_q ? row_of_q(x, r + ROWS) : row_of_dout(x, r + ROWS);
+    float *to = (is_q ? x->q : x->dout) + (size_t)r * x->width, factor = is_q ? x->s->scale * log2e : 1;
+    int n = r < x->rows ? x->s->head_size : 0, width = x->width;
+    for (int d = 0; d < width; d += LANES) {
+        *(Vector *)(to + d) = factor * load_first(from + d, n - d);
+        __builtin_prefetch(next + d, 0, 2);
+    }
+}
+
+/* lse and delta; rows from `rows` on see nothing. */
+static void read_sums(FlashBackBlock *x)
 {
     size_t first = lse_index(x->s, x->b, x->h, x->t);
     for (int r = 0; r < round_up(x->rows, TILE); r++) {
-        bool is = r < x->rows;
-        const float *q = row_of_q(x, r), *dout = row_of_dout(x, r);
-        for (int d = 0; d < x->width; d += LANES) {
-            int n = is ? x->s->head_size - d : 0;
-            *(Vector *)(x->q + (size_t)r * x->width + d) = x->s->scale * log2e * load_first(q + d, n);
-            *(Vector *)(x->dout + (size_t)r * x->width + d) = load_first(dout + d, n);
-        }
-        float lse = is ? x->g->view.lse[first + r] : -INFINITY;
+        float lse = r < x->rows ? x->g->view.lse[first + r] : -INFINITY;
         x->lse[r] = lse == -INFINITY ? INFINITY : log2e * lse; /* 2^(score - inf) = 0 */
-        x->delta[r] = is ? x->deltas[first + r] : 0;
+        x->delta[r] = r < x->rows ? x->deltas[first + r] : 0;
     }
 }
 
@@ -149,6 +155,8 @@ INLINE void multiply_keys(const FlashBackBlock *x, float *to, const float *left,
     for (int key = 0; key < KEYS; key += STEP)
         for (int r = 0; r < x->rows; r += TILE) {
             const FlashSight *sight = &x->sight[r / TILE];
+            for (int i = 0; key == 0 && i < TILE; i++)
+                read_row(x, r + i, is_score);
             int from = larger(key, sight->from), end = smaller(key + STEP, round_up(sight->to, UNIT));
             switch (larger(0, end - from) / LANES) { /* constants: so the sums stay in registers */
             case 1: multiply_tile(x, to, left, columns, is_score, r, from, 1); break;
@@ -158,23 +166,13 @@ INLINE void multiply_keys(const FlashBackBlock *x, float *to, const float *left,
         }
 }
 
-/* Memory is asked for a row of the next queries, and of their dq. */
-static void ask_for(const FlashBackBlock *x, int r)
-{
-    const float *q = row_of_q(x, ROWS + r), *dout = row_of_dout(x, ROWS + r);
-    const float *dq = x->dq + (size_t)r * x->dq_token;
-    for (int d = 0; d < x->s->head_size; d += 16) {
-        __builtin_prefetch(q + d, 0, 2);
-        __builtin_prefetch(dout + d, 0, 2);
-        __builtin_prefetch(dq + d, 0, 2);
-    }
-}
-
 /* D and dS, of which there were S - lse and dP: the softmax and its gradient. */
 static void weigh_row(const FlashBackBlock *x, int r)
 {
     const FlashSight *sight = &x->sight[r / TILE];
     float delta = x->delta[r];
+    for (int d = 0; d < x->s->head_size; d += LANES)
+        __builtin_prefetch(x->dq + (size_t)r * x->dq_token + d, 1, 2);
     for (int key = sight->from; key < round_up(sight->to, UNIT); key += LANES) {
         size_t at = (size_t)r * KEYS + key;
         Vector *weight = (Vector *)(x->weights + at), *d_score = (Vector *)(x->d_scores + at);
@@ -246,15 +244,13 @@ bool flash_back_weigh(FlashBackBlock *x)
 {
     if (!flash_back_look_ahead(x))
         return false;
-    read_queries(x);
+    read_sums(x);
     for (int r = 0; r < round_up(x->rows, TILE); r++)
         flash_ask_row(x, r);
     multiply_keys(x, x->weights, x->q, x->k_columns, true);
     multiply_keys(x, x->d_scores, x->dout, x->v_columns, false);
-    for (int r = 0; r < round_up(x->rows, TILE); r++) {
-        ask_for(x, r);
+    for (int r = 0; r < round_up(x->rows, TILE); r++)
         weigh_row(x, r);
-    }
     return true;
 }
 
