@@ -114,11 +114,6 @@ static void read_sums(FlashBackBlock *x)
     }
 }
 
-static bool is_sure(const FlashSight *sight, int key, int keys)
-{
-    return sight->sure_from <= key && key + keys <= sight->sure_to;
-}
-
 /* sums[TILE][vectors]: S - lse of TILE queries by some vectors of keys, or dP. The sums of S start at -lse, the numbers and their
  * order are forward's: so they are rounded much as they were there, and large scores lose little. */
 INLINE void multiply_tile(const FlashBackBlock *x, float *to, const float *left, const float *columns,
@@ -133,7 +128,7 @@ INLINE void multiply_tile(const FlashBackBlock *x, float *to, const float *left,
     for (int d = 0; d < HS; d += part) {
         EACH_VECTOR(i, j, vectors)
             c[i][j] = (Vector){0} - (is_score && d == 0 ? x->lse[r + i] : 0);
-        if (is_score && d == 0 && !is_sure(&x->sight[r / TILE], key, vectors * LANES))
+        if (is_score && d == 0 && x->s->bias)
             EACH_VECTOR(i, j, vectors)
                 c[i][j] += ((const Vector *)(x->extra + at + i * KEYS))[j];
         multiply_add(c, vectors, a, 1, columns + (size_t)d * KEYS + key, KEYS, smaller(part, HS - d));
@@ -176,7 +171,7 @@ static void weigh_row(const FlashBackBlock *x, int r)
     for (int key = sight->from; key < round_up(sight->to, UNIT); key += LANES) {
         size_t at = (size_t)r * KEYS + key;
         Vector *weight = (Vector *)(x->weights + at), *d_score = (Vector *)(x->d_scores + at);
-        if (is_sure(sight, key, LANES)) {
+        if (sight->sure_from <= key && key < sight->sure_to) {
             *weight = exp2_vector(*weight);
             *d_score = *weight * (*d_score - delta);
         } else {
@@ -195,15 +190,15 @@ static void add_key_gradient(const FlashBackBlock *x, float *sum, const float *l
     size_t width = x->width;
     for (size_t d = 0; d < width; d += PAIR)
         for (int key = 0; key < x->keys; key += TILE) {
-            const FlashSeen *seen = &x->seen[key / TILE];
+            int from = x->seen_from[key / TILE], n = x->seen_to[key / TILE] - from;
             float *at = sum + key * width + d;
             Vector c[TILE][VECTORS];
             const float *a[TILE];
             for (int i = 0; i < TILE; i++)
-                a[i] = left + (size_t)seen->from * KEYS + key + i;
+                a[i] = left + (size_t)from * KEYS + key + i;
             EACH_VECTOR(i, j, 2)
                 c[i][j] = ((const Vector *)(at + i * width))[j];
-            multiply_add(c, 2, a, KEYS, right + seen->from * width + d, width, seen->to - seen->from);
+            multiply_add(c, 2, a, KEYS, right + from * width + d, width, n);
             EACH_VECTOR(i, j, 2)
                 ((Vector *)(at + i * width))[j] = c[i][j];
         }

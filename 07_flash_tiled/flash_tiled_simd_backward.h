@@ -53,11 +53,8 @@ FlashBackward flash_backward(const AttentionBackward *g, const AttentionShape *s
 typedef struct {
     int from, to; /* the keys that TILE queries see lie in from .. to - 1, counted from the block's first */
     int sure_from,
-        sure_to; /* of these, whole register tiles that each query sees, with nothing added or dropped */
+        sure_to; /* of these, whole vectors that each query sees, with nothing added or dropped */
 } FlashSight;
-typedef struct {
-    int from, to; /* the block's queries that see any of TILE keys; multiples of TILE, equal: none */
-} FlashSeen;
 typedef struct {
     /* Filled in by the caller. */
     const FlashBackward *g;
@@ -84,7 +81,8 @@ typedef struct {
     float *kept;                  /* (ROWS,KEYS): dropout's factor, 0 or 1 / (1 - p) */
     float *lse, *delta;           /* (ROWS): lse times log2 e, +inf for a row that saw nothing */
     FlashSight sight[FLASH_BACK_ROWS / TILE];
-    FlashSeen seen[FLASH_BACK_KEYS / TILE];
+    /* The queries that see any of TILE keys: seen_from .. seen_to - 1, multiples of TILE; none if seen_to is less. */
+    int seen_from[FLASH_BACK_KEYS / TILE], seen_to[FLASH_BACK_KEYS / TILE];
 } FlashBackBlock;
 
 /* How many floats of scratch a block needs; it must be 64-byte aligned, what is in it does not matter. */

@@ -6,7 +6,6 @@ enum {
     ROWS = FLASH_BACK_ROWS,
     KEYS = FLASH_BACK_KEYS,
     UNIT = FLASH_BACK_UNIT,
-    STEP = FLASH_BACK_STEP,
 };
 
 int flash_back_key_blocks(const AttentionShape *s)
@@ -70,25 +69,24 @@ bool flash_back_look_ahead(FlashBackBlock *x)
     const FlashKnown *known = &x->g->known;
     int kind = known->how_many ? known->how_many(s, x->b, x->t, x->t + x->rows, x->key, x->key + x->keys) : 1;
     bool any = false, plain = !s->bias && s->dropout == 0;
-    memset(x->seen, 0, sizeof x->seen);
+    for (int i = 0; i < KEYS / TILE; i++)
+        x->seen_from[i] = ROWS, x->seen_to[i] = 0;
     for (int r = 0; r < x->rows; r += TILE) {
         FlashSpan span = flash_span(s, x->b, x->t + r, smaller(TILE, x->rows - r));
         FlashSight *sight = &x->sight[r / TILE];
         sight->from = larger(span.first - x->key, 0) / UNIT * UNIT;
         sight->to = kind == 0 ? 0 : smaller(span.end - x->key, x->keys);
-        int sure_from = round_up(larger(span.all_first - x->key, 0), STEP);
+        int sure_from = round_up(larger(span.all_first - x->key, 0), LANES);
         int sure_to = smaller(span.all_end - x->key, x->keys);
         if (kind == 2)
             sure_from = 0, sure_to = x->keys;
-        sure_to = sure_to == x->keys ? round_up(sure_to, STEP) : sure_to / STEP * STEP;
+        sure_to = sure_to == x->keys ? round_up(sure_to, LANES) : sure_to / LANES * LANES;
         bool sure = plain && (kind == 2 || span.one_run) && sure_from < sure_to;
         sight->sure_from = sure ? sure_from : sight->from;
         sight->sure_to = sure ? sure_to : sight->from;
         for (int key = sight->from; key < sight->to; key += TILE) {
-            FlashSeen *seen = &x->seen[key / TILE];
-            if (seen->to == 0)
-                seen->from = r;
-            seen->to = r + TILE;
+            x->seen_from[key / TILE] = smaller(x->seen_from[key / TILE], r);
+            x->seen_to[key / TILE] = r + TILE;
             any = true;
         }
     }
