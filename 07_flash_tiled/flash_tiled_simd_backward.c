@@ -114,12 +114,18 @@ static void read_sums(FlashBackBlock *x)
     }
 }
 
+static bool is_sure(const FlashSight *sight, int key, int keys)
+{
+    return sight->sure_from <= key && key + keys <= sight->sure_to;
+}
+
 /* sums[TILE][vectors]: S - lse of TILE queries by some vectors of keys, or dP. The sums of S start at -lse, the numbers and their
  * order are forward's: so they are rounded much as they were there, and large scores lose little. */
 INLINE void multiply_tile(const FlashBackBlock *x, float *to, const float *left, const float *columns,
                           bool is_score, int r, int key, int vectors)
 {
     int HS = x->s->head_size, part = is_score ? SHORT_SUM : HS;
+    bool ask = is_score && !is_sure(&x->sight[r / TILE], key, vectors * LANES);
     size_t at = (size_t)r * KEYS + key;
     Vector c[TILE][VECTORS];
     const float *a[TILE];
@@ -128,15 +134,15 @@ INLINE void multiply_tile(const FlashBackBlock *x, float *to, const float *left,
     for (int d = 0; d < HS; d += part) {
         EACH_VECTOR(i, j, vectors)
             c[i][j] = (Vector){0} - (is_score && d == 0 ? x->lse[r + i] : 0);
-        if (is_score && d == 0 && x->s->bias)
+        if (ask && d == 0)
             EACH_VECTOR(i, j, vectors)
-                c[i][j] += ((const Vector *)(x->extra + at + i * KEYS))[j];
+                c[i][j] += ((const Vector *)(to + at + i * KEYS))[j];
         multiply_add(c, vectors, a, 1, columns + (size_t)d * KEYS + key, KEYS, smaller(part, HS - d));
         EACH_VECTOR(i, j, vectors) {
             Vector *sum = (Vector *)(to + at + i * KEYS) + j;
             if (d)
                 c[i][j] += *sum;
-            *sum = c[i][j];
+            *sum = ask ? vector_select(*sum == -INFINITY, *sum, c[i][j]) : c[i][j];
         }
         for (int i = 0; i < TILE; i++)
             a[i] += part;
@@ -171,13 +177,13 @@ static void weigh_row(const FlashBackBlock *x, int r)
     for (int key = sight->from; key < round_up(sight->to, UNIT); key += LANES) {
         size_t at = (size_t)r * KEYS + key;
         Vector *weight = (Vector *)(x->weights + at), *d_score = (Vector *)(x->d_scores + at);
-        if (sight->sure_from <= key && key < sight->sure_to) {
+        if (is_sure(sight, key, LANES)) {
             *weight = exp2_vector(*weight);
             *d_score = *weight * (*d_score - delta);
         } else {
-            Vector extra = *(const Vector *)(x->extra + at), kept = *(const Vector *)(x->kept + at);
-            IntVector never = extra == -INFINITY;
-            Vector w = exp2_vector(vector_select(never, extra, *weight));
+            Vector one = (Vector){0} + 1, kept = x->s->dropout > 0 ? *(const Vector *)(x->kept + at) : one;
+            IntVector never = *weight == -INFINITY;
+            Vector w = exp2_vector(*weight);
             *d_score = vector_select(never, (Vector){0}, w * (kept * *d_score - delta));
             *weight = w * kept;
         }

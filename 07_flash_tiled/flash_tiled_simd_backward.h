@@ -53,7 +53,7 @@ FlashBackward flash_backward(const AttentionBackward *g, const AttentionShape *s
 typedef struct {
     int from, to; /* the keys that TILE queries see lie in from .. to - 1, counted from the block's first */
     int sure_from,
-        sure_to; /* of these, whole vectors that each query sees, with nothing added or dropped */
+        sure_to; /* of these, whole register tiles that each query sees, with nothing added or dropped */
 } FlashSight;
 typedef struct {
     /* Filled in by the caller. */
@@ -77,7 +77,6 @@ typedef struct {
     float *q, *dout;              /* (ROWS,width): Q times scale and log2 e, dO */
     float *weights;               /* (ROWS,KEYS): D */
     float *d_scores;              /* (ROWS,KEYS): dS */
-    float *extra;                 /* (ROWS,KEYS): the bias times log2 e, or -inf where a query may not look */
     float *kept;                  /* (ROWS,KEYS): dropout's factor, 0 or 1 / (1 - p) */
     float *lse, *delta;           /* (ROWS): lse times log2 e, +inf for a row that saw nothing */
     FlashSight sight[FLASH_BACK_ROWS / TILE];
@@ -111,7 +110,8 @@ void flash_back_add(const FlashBackBlock *x);
 /* Writes out dk and dv. */
 void flash_back_finish(const FlashBackBlock *x);
 
-/* extra and kept of the block's row r, for the keys in its sight that are not sure, and those up to the next multiple of
+/* What is added to scores of the block's row r: the bias times log2 e, or -inf where it may not look; this goes to weights. And
+ * kept. For the keys in its sight that are not sure, and those up to the next multiple of
  * FLASH_BACK_UNIT (flash_pairs.c). */
 void flash_ask_row(const FlashBackBlock *x, int r);
 

@@ -6,6 +6,7 @@ enum {
     ROWS = FLASH_BACK_ROWS,
     KEYS = FLASH_BACK_KEYS,
     UNIT = FLASH_BACK_UNIT,
+    STEP = FLASH_BACK_STEP,
 };
 
 int flash_back_key_blocks(const AttentionShape *s)
@@ -21,7 +22,7 @@ static int width_of(int head_size)
 size_t flash_back_block_floats(int head_size)
 {
     size_t width = width_of(head_size);
-    return 5 * KEYS * width + 2 * ROWS * width + 4 * ROWS * KEYS + 2 * ROWS;
+    return 5 * KEYS * width + 2 * ROWS * width + 3 * ROWS * KEYS + 2 * ROWS;
 }
 
 static float *take(float **at, size_t floats)
@@ -47,7 +48,6 @@ void flash_back_lay_out(FlashBackBlock *x, float *scratch, int number)
     x->dout = take(&scratch, rows);
     x->weights = take(&scratch, ROWS * KEYS);
     x->d_scores = take(&scratch, ROWS * KEYS);
-    x->extra = take(&scratch, ROWS * KEYS);
     x->kept = take(&scratch, ROWS * KEYS);
     x->lse = take(&scratch, ROWS);
     x->delta = take(&scratch, ROWS);
@@ -76,11 +76,11 @@ bool flash_back_look_ahead(FlashBackBlock *x)
         FlashSight *sight = &x->sight[r / TILE];
         sight->from = larger(span.first - x->key, 0) / UNIT * UNIT;
         sight->to = kind == 0 ? 0 : smaller(span.end - x->key, x->keys);
-        int sure_from = round_up(larger(span.all_first - x->key, 0), LANES);
+        int sure_from = round_up(larger(span.all_first - x->key, 0), STEP);
         int sure_to = smaller(span.all_end - x->key, x->keys);
         if (kind == 2)
             sure_from = 0, sure_to = x->keys;
-        sure_to = sure_to == x->keys ? round_up(sure_to, LANES) : sure_to / LANES * LANES;
+        sure_to = sure_to == x->keys ? round_up(sure_to, STEP) : sure_to / STEP * STEP;
         bool sure = plain && (kind == 2 || span.one_run) && sure_from < sure_to;
         sight->sure_from = sure ? sure_from : sight->from;
         sight->sure_to = sure ? sure_to : sight->from;
