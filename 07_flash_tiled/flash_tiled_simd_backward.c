@@ -18,7 +18,7 @@
 
 #include <math.h>
 
-static const float log2e = 1.44269504f;
+static const float log2e = 1.44269504f, ln2 = 0.693147181f;
 
 enum {
     ROWS = FLASH_BACK_ROWS,
@@ -40,9 +40,8 @@ void flash_back_begin(FlashBackBlock *x, float *scratch, int number)
 {
     flash_back_lay_out(x, scratch, number);
     int HS = x->s->head_size, width = x->width;
-    memset(x->dk, 0, (size_t)KEYS * width * sizeof *x->dk);
-    memset(x->dv, 0, (size_t)KEYS * width * sizeof *x->dv);
-    for (int i0 = 0; i0 < KEYS; i0 += LANES)
+    float factor = x->s->scale * log2e;
+    for (int i0 = 0; i0 < round_up(x->keys, UNIT); i0 += LANES)
         for (int d = 0; d < width; d += LANES) {
             Vector k[LANES] = {0}, v[LANES] = {0};
             for (int i = 0; i < LANES; i++) {
@@ -50,7 +49,7 @@ void flash_back_begin(FlashBackBlock *x, float *scratch, int number)
                     k[i] = load_first(row_of_k(x, x->g->view.k, x->key + i0 + i) + d, HS - d);
                     v[i] = load_first(row_of_k(x, x->g->view.v, x->key + i0 + i) + d, HS - d);
                 }
-                *(Vector *)(x->k_rows + (size_t)(i0 + i) * width + d) = x->s->scale * k[i];
+                *(Vector *)(x->k_rows + (size_t)(i0 + i) * width + d) = factor * k[i];
             }
             transpose(k);
             transpose(v);
@@ -58,22 +57,6 @@ void flash_back_begin(FlashBackBlock *x, float *scratch, int number)
                 *(Vector *)(x->k_columns + (size_t)(d + i) * KEYS + i0) = k[i];
                 *(Vector *)(x->v_columns + (size_t)(d + i) * KEYS + i0) = v[i];
             }
-        }
-}
-
-void flash_back_finish(const FlashBackBlock *x)
-{
-    int HS = x->s->head_size, keys = smaller(KEYS, x->s->key_tokens - x->key);
-    for (int i = 0; i < keys; i++)
-        for (int d = 0; d < HS; d += LANES) {
-            size_t at = (size_t)i * x->width + d;
-            Vector dk = {0}, dv = {0}; /* of a key beyond the valid length */
-            if (i < x->keys) {
-                dk = *(const Vector *)(x->dk + at) * (1 / log2e);
-                dv = *(const Vector *)(x->dv + at);
-            }
-            store_first((float *)row_of_k(x, x->g->dk, x->key + i) + d, dk, HS - d);
-            store_first((float *)row_of_k(x, x->g->dv, x->key + i) + d, dv, HS - d);
         }
 }
 
@@ -179,65 +162,68 @@ static void weigh_row(const FlashBackBlock *x, int r)
         Vector *weight = (Vector *)(x->weights + at), *d_score = (Vector *)(x->d_scores + at);
         if (is_sure(sight, key, LANES)) {
             *weight = exp2_vector(*weight);
-            *d_score = *weight * (*d_score - delta);
+            *d_score = ln2 * *weight * (*d_score - delta);
         } else {
             Vector one = (Vector){0} + 1, kept = x->s->dropout > 0 ? *(const Vector *)(x->kept + at) : one;
             IntVector never = *weight == -INFINITY;
             Vector w = exp2_vector(*weight);
-            *d_score = vector_select(never, (Vector){0}, w * (kept * *d_score - delta));
+            *d_score = vector_select(never, (Vector){0}, ln2 * w * (kept * *d_score - delta));
             *weight = w * kept;
         }
     }
 }
 
-/* sum (KEYS,width) += left^T right: left (ROWS,KEYS), right (ROWS,width). */
-static void add_key_gradient(const FlashBackBlock *x, float *sum, const float *left, const float *right)
+/* Of a gradient the first `rows` of TILE rows and the first n of PAIR numbers: += the sum over k < terms of
+ * a[row * a_row + k * a_step] * b[k]. The last tile of a row may be one vector wide. */
+INLINE void add_vectors(float *to, size_t step, int rows, int n, int vectors, const float *a, size_t a_row,
+                        size_t a_step, const float *b, size_t width, int terms)
+{
+    Vector c[TILE][VECTORS];
+    const float *row[TILE];
+    for (int i = 0; i < TILE; i++)
+        row[i] = a + i * a_row;
+    EACH_VECTOR(i, j, vectors)
+        c[i][j] = load_first(to + i * step + j * LANES, i < rows ? n - j * LANES : 0);
+    multiply_add(c, vectors, row, a_step, b, width, terms);
+    EACH_VECTOR(i, j, vectors)
+        store_first(to + i * step + j * LANES, c[i][j], i < rows ? n - j * LANES : 0);
+}
+
+INLINE void add_tile(float *to, size_t step, int rows, int n, const float *a, size_t a_row, size_t a_step,
+                     const float *b, size_t width, int terms)
+{
+    if (rows >= TILE && n >= PAIR) /* constants: nothing to ask for each row */
+        add_vectors(to, step, TILE, PAIR, 2, a, a_row, a_step, b, width, terms);
+    else if (n > LANES)
+        add_vectors(to, step, rows, n, 2, a, a_row, a_step, b, width, terms);
+    else
+        add_vectors(to, step, rows, n, 1, a, a_row, a_step, b, width, terms);
+}
+
+/* The rows of dK or dV: += left^T right; left (ROWS,KEYS), right (ROWS,width). */
+static void add_key_gradient(const FlashBackBlock *x, float *gradient, const float *left, const float *right)
 {
     size_t width = x->width;
-    for (size_t d = 0; d < width; d += PAIR)
+    for (int d = 0; d < x->s->head_size; d += PAIR)
         for (int key = 0; key < x->keys; key += TILE) {
-            int from = x->seen_from[key / TILE], n = x->seen_to[key / TILE] - from;
-            float *at = sum + key * width + d;
-            Vector c[TILE][VECTORS];
-            const float *a[TILE];
-            for (int i = 0; i < TILE; i++)
-                a[i] = left + (size_t)from * KEYS + key + i;
-            EACH_VECTOR(i, j, 2)
-                c[i][j] = ((const Vector *)(at + i * width))[j];
-            multiply_add(c, 2, a, KEYS, right + from * width + d, width, n);
-            EACH_VECTOR(i, j, 2)
-                ((Vector *)(at + i * width))[j] = c[i][j];
+            int from = x->seen_from[key / TILE], terms = x->seen_to[key / TILE] - from;
+            float *to = (float *)row_of_k(x, gradient, x->key + key) + d;
+            if (terms > 0)
+                add_tile(to, x->g->view.k_token, x->keys - key, x->s->head_size - d, left + from * KEYS + key,
+                         1, KEYS, right + from * width + d, width, terms);
         }
 }
 
-/* dq += dS K: the first `rows` of TILE rows, the first n of PAIR numbers. */
-INLINE void add_query_tile(const FlashBackBlock *x, int r, int d, int rows, int n)
-{
-    const FlashSight *sight = &x->sight[r / TILE];
-    size_t width = x->width, token = x->dq_token;
-    float *dq = x->dq + r * token + d;
-    Vector c[TILE][VECTORS];
-    const float *a[TILE];
-    for (int i = 0; i < TILE; i++)
-        a[i] = x->d_scores + (r + i) * KEYS + sight->from;
-    EACH_VECTOR(i, j, 2)
-        c[i][j] = load_first(dq + i * token + j * LANES, i < rows ? n - j * LANES : 0);
-    multiply_add(c, 2, a, 1, x->k_rows + sight->from * width + d, width, sight->to - sight->from);
-    EACH_VECTOR(i, j, 2)
-        store_first(dq + i * token + j * LANES, c[i][j], i < rows ? n - j * LANES : 0);
-}
-
+/* dQ += dS K. */
 static void add_query_gradient(const FlashBackBlock *x)
 {
-    for (int d = 0; d < x->width; d += PAIR)
+    size_t width = x->width;
+    for (int d = 0; d < x->s->head_size; d += PAIR)
         for (int r = 0; r < x->rows; r += TILE) {
-            int rows = x->rows - r, n = x->s->head_size - d;
-            if (x->sight[r / TILE].from >= x->sight[r / TILE].to)
-                continue;
-            if (rows >= TILE && n >= PAIR) /* constants: nothing to ask for each row */
-                add_query_tile(x, r, d, TILE, PAIR);
-            else
-                add_query_tile(x, r, d, rows, n);
+            int from = x->sight[r / TILE].from, terms = x->sight[r / TILE].to - from;
+            if (terms > 0)
+                add_tile(x->dq + r * x->dq_token + d, x->dq_token, x->rows - r, x->s->head_size - d,
+                         x->d_scores + r * KEYS + from, KEYS, 1, x->k_rows + from * width + d, width, terms);
         }
 }
 
@@ -257,7 +243,7 @@ bool flash_back_weigh(FlashBackBlock *x)
 
 void flash_back_add(const FlashBackBlock *x)
 {
-    add_key_gradient(x, x->dv, x->weights, x->dout);
-    add_key_gradient(x, x->dk, x->d_scores, x->q);
+    add_key_gradient(x, x->g->dv, x->weights, x->dout);
+    add_key_gradient(x, x->g->dk, x->d_scores, x->q);
     add_query_gradient(x);
 }

@@ -45,11 +45,11 @@ FlashBackward flash_backward(const AttentionBackward *g, const AttentionShape *s
  *
  *     FlashBackBlock x = {.g = .., .s = .., .deltas = .., .b = .., .kv_head = ..};
  *     flash_back_begin(&x, scratch, number);
+ *     dk = dv = 0 for these keys
  *     for each head h that reads kv_head:
  *         for (int t = 0; flash_back_next(&x, t); t = x.t + FLASH_BACK_ROWS)
  *             if (flash_back_weigh(&x))
- *                 flash_back_add(&x);
- *     flash_back_finish(&x); */
+ *                 flash_back_add(&x); */
 typedef struct {
     int from, to; /* the keys that TILE queries see lie in from .. to - 1, counted from the block's first */
     int sure_from,
@@ -72,11 +72,10 @@ typedef struct {
      * the last key, is zero. ROWS is FLASH_BACK_ROWS, KEYS is FLASH_BACK_KEYS. */
     int width;
     float *k_columns, *v_columns; /* (width,KEYS): K^T, V^T */
-    float *k_rows;                /* (KEYS,width): K times scale */
-    float *dk, *dv;               /* (KEYS,width): sums so far, dk times log2 e */
+    float *k_rows;                /* (KEYS,width): K times scale and log2 e */
     float *q, *dout;              /* (ROWS,width): Q times scale and log2 e, dO */
     float *weights;               /* (ROWS,KEYS): D */
-    float *d_scores;              /* (ROWS,KEYS): dS */
+    float *d_scores;              /* (ROWS,KEYS): dS over log2 e */
     float *kept;                  /* (ROWS,KEYS): dropout's factor, 0 or 1 / (1 - p) */
     float *lse, *delta;           /* (ROWS): lse times log2 e, +inf for a row that saw nothing */
     FlashSight sight[FLASH_BACK_ROWS / TILE];
@@ -92,7 +91,7 @@ int flash_back_key_blocks(const AttentionShape *s);
 /* Says which keys are in block number `number` of that many, and where in scratch all lies. */
 void flash_back_lay_out(FlashBackBlock *x, float *scratch, int number);
 
-/* Reads the keys and values of block number `number` of that many; dk = dv = 0. */
+/* Reads the keys and values of block number `number` of that many. */
 void flash_back_begin(FlashBackBlock *x, float *scratch, int number);
 
 /* The first queries at or after t that these keys have to meet; false if there are none. */
@@ -104,11 +103,8 @@ bool flash_back_look_ahead(FlashBackBlock *x);
 /* D and dS of these queries and keys, where the first see the second; false if none sees any. */
 bool flash_back_weigh(FlashBackBlock *x);
 
-/* Adds to dk, dv and dq what follows from D and dS. */
+/* Adds to dk, dv and dq, in memory, what follows from D and dS. */
 void flash_back_add(const FlashBackBlock *x);
-
-/* Writes out dk and dv. */
-void flash_back_finish(const FlashBackBlock *x);
 
 /* What is added to scores of the block's row r: the bias times log2 e, or -inf where it may not look; this goes to weights. And
  * kept. For the keys in its sight that are not sure, and those up to the next multiple of

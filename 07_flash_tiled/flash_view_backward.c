@@ -16,13 +16,13 @@ int flash_back_key_blocks(const AttentionShape *s)
 
 static int width_of(int head_size)
 {
-    return round_up(head_size, FLASH_BACK_PAIR);
+    return round_up(head_size, LANES);
 }
 
 size_t flash_back_block_floats(int head_size)
 {
     size_t width = width_of(head_size);
-    return 5 * KEYS * width + 2 * ROWS * width + 3 * ROWS * KEYS + 2 * ROWS;
+    return 3 * KEYS * width + 2 * ROWS * width + 3 * ROWS * KEYS + 2 * ROWS;
 }
 
 static float *take(float **at, size_t floats)
@@ -42,8 +42,6 @@ void flash_back_lay_out(FlashBackBlock *x, float *scratch, int number)
     x->k_columns = take(&scratch, block);
     x->v_columns = take(&scratch, block);
     x->k_rows = take(&scratch, block);
-    x->dk = take(&scratch, block);
-    x->dv = take(&scratch, block);
     x->q = take(&scratch, rows);
     x->dout = take(&scratch, rows);
     x->weights = take(&scratch, ROWS * KEYS);
@@ -118,6 +116,24 @@ static bool bias_is_own(const AttentionShape *s)
            (stride[3] || chunks(s) == 1);
 }
 
+/* Row number `from` and those after it become 0, up to end; returns where that ends. */
+static int clear_rows(float *rows, size_t step, int from, int end, const AttentionShape *s)
+{
+    for (int row = from; row < end; row++)
+        memset(rows + row * step, 0, s->head_size * sizeof *rows);
+    return larger(from, end);
+}
+
+/* dk = dv = 0, for keys beyond the valid length too. */
+static void clear_keys(const FlashBackBlock *x)
+{
+    const FlashView *view = &x->g->view;
+    size_t head = x->b * view->k_batch + x->kv_head * view->k_head;
+    int end = smaller(x->key + KEYS, x->s->key_tokens);
+    clear_rows(x->g->dk + head, view->k_token, x->key, end, x->s);
+    clear_rows(x->g->dv + head, view->k_token, x->key, end, x->s);
+}
+
 /* Chunk number `chunk` of the keys of one key/value head, and all queries that read it. The first chunk adds up dq where the
  * caller wants it, the others in `partial`. */
 static void chunk_gradient(FlashBackBlock x, float *partial, float *scratch, int chunk)
@@ -134,22 +150,23 @@ static void chunk_gradient(FlashBackBlock x, float *partial, float *scratch, int
         head = query_row(s, 0, 1, 0);
         x.dq_token = s->head_size;
     }
-    for (int h = first_head; h < first_head + group; h++)
-        for (int t = 0; t < s->tokens; t++)
-            memset(dq + h * head + t * x.dq_token, 0, s->head_size * sizeof *dq);
-
-    for (int block = chunk * blocks / n; block < (chunk + 1) * blocks / n; block++) {
+    int first = chunk * blocks / n;
+    for (int block = first; block < (chunk + 1) * blocks / n; block++) {
         flash_back_begin(&x, scratch, block);
-        for (x.h = first_head; x.h < first_head + group; x.h++)
+        clear_keys(&x);
+        for (x.h = first_head; x.h < first_head + group; x.h++) {
+            int cleared = block > first ? s->tokens : 0;
             for (int t = 0; flash_back_next(&x, t); t = x.t + ROWS) {
                 x.dq = dq + x.h * head + x.t * x.dq_token;
                 if (!flash_back_weigh(&x))
                     continue;
+                cleared = clear_rows(dq + x.h * head, x.dq_token, cleared, x.t + x.rows, s);
                 flash_back_add(&x);
                 if (bias_is_own(s))
                     flash_back_add_bias(&x);
             }
-        flash_back_finish(&x);
+            clear_rows(dq + x.h * head, x.dq_token, cleared, s->tokens, s);
+        }
     }
 }
 

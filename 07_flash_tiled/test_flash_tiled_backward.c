@@ -213,11 +213,11 @@ Test(simd_gradient, edges_of_its_tiles)
     enum { R = FLASH_BACK_ROWS, K = FLASH_BACK_KEYS, V = VECTORS * LANES };
     const int tokens[] = {1, TILE - 1, TILE, TILE + 1, R - 1, R, R + 1, 2 * R + TILE};
     const int keys[] = {1, TILE + 1, V - 1, V, V + 1, K - 1, K, K + 1, 2 * K + V + 1};
-    const int head_sizes[] = {1, 2 * LANES - 1, 2 * LANES, 2 * LANES + 1, 64};
+    const int head_sizes[] = {1, LANES, LANES + 1, 2 * LANES - 1, 2 * LANES, 2 * LANES + 1, 3 * LANES, 64};
     for (int i = 0; i < 8; i++)
         for (int j = 0; j < 9; j++)
             for (int causal = 0; causal < 2; causal++) {
-                Gradients p = problem(1, 1, tokens[i], keys[j], head_sizes[(i + j) % 5]);
+                Gradients p = problem(1, 1, tokens[i], keys[j], head_sizes[(i + 2 * j) % 8]);
                 char what[100];
                 snprintf(what, sizeof what, "T %d, TK %d, HS %d%s", p.s.tokens, p.s.key_tokens, p.s.head_size,
                          causal ? ", causal" : "");
