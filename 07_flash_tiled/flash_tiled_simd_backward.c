@@ -45,6 +45,8 @@ void flash_back_begin(FlashBackBlock *x, float *scratch, int number)
         for (int d = 0; d < width; d += LANES) {
             Vector k[LANES] = {0}, v[LANES] = {0};
             for (int i = 0; i < LANES; i++) {
+                __builtin_prefetch(row_of_k(x, x->g->view.k, x->key + i0 + LANES + i) + d);
+                __builtin_prefetch(row_of_k(x, x->g->view.v, x->key + i0 + LANES + i) + d);
                 if (i0 + i < x->keys) {
                     k[i] = load_first(row_of_k(x, x->g->view.k, x->key + i0 + i) + d, HS - d);
                     v[i] = load_first(row_of_k(x, x->g->view.v, x->key + i0 + i) + d, HS - d);
