@@ -7,12 +7,13 @@
  *       S  = Q K^T    dP = dO V^T     rows are queries, lanes run along keys: K^T, V^T are made once a block
  *       dV += D^T dO  dK += dS^T Q    rows are keys, lanes run along the head's numbers
  *       dQ += dS K                    rows are queries, lanes likewise
- * - Scale and log2 e are in the queries, so that S comes out as an exponent of 2. dK, a sum of such queries, is divided
- *   by log2 e when it is written; dQ finds the scale in K.
+ * - Scale and log2 e are in the queries, so that S comes out as an exponent of 2. dS is divided by log2 e: so dK, a sum
+ *   of such queries, comes out right, and dQ finds scale and log2 e in K.
  * - Long sums. A tile of dK and dV is loaded and stored once for FLASH_BACK_ROWS queries, one of dQ once for
  *   FLASH_BACK_KEYS keys: the longer the sum, the less that weighs.
- * - Softmax is a pass of its own, as the products need nearly all registers. Memory has little to do meanwhile: it is asked
- *   for the next queries.
+ * - Softmax is a pass of its own, as the products need nearly all registers.
+ * - Memory waits beside multiply-adds: queries are copied tile by tile, as the first product takes them, and the
+ *   next ones are asked for then; a row of dq is asked for while it is weighed.
  * - What no query sees is left out: TILE queries at a time know which keys they see, and all five products keep to it. */
 #include "flash_tiled_simd_backward.h"
 
@@ -24,8 +25,7 @@ enum {
     ROWS = FLASH_BACK_ROWS,
     KEYS = FLASH_BACK_KEYS,
     STEP = FLASH_BACK_STEP, /* keys of a register tile of S or dP */
-    UNIT = FLASH_BACK_UNIT, /* whole vectors of S, whole tiles of dK and dV, */
-    PAIR = FLASH_BACK_PAIR, /* which are TILE keys by PAIR numbers */
+    UNIT = FLASH_BACK_UNIT, /* whole vectors of S, whole tiles of dK and dV */
 };
 
 /* ---- A block of keys ---- */
@@ -64,22 +64,19 @@ void flash_back_begin(FlashBackBlock *x, float *scratch, int number)
 
 /* ---- Queries meet it ---- */
 
-static const float *row_of_q(const FlashBackBlock *x, int r)
+/* Row r of Q or of dO, where the caller has it. */
+INLINE const float *row_of(const FlashBackBlock *x, int r, bool is_q)
 {
     const FlashView *view = &x->g->view;
-    return view->q + x->b * view->q_batch + x->h * view->q_head + (size_t)(x->t + r) * view->q_token;
-}
-static const float *row_of_dout(const FlashBackBlock *x, int r)
-{
-    const FlashView *view = &x->g->view;
-    return x->g->dout + x->b * view->out_batch + x->h * view->out_head + (size_t)(x->t + r) * view->out_token;
+    size_t t = x->t + r;
+    return is_q ? view->q + x->b * view->q_batch + x->h * view->q_head + t * view->q_token
+                : x->g->dout + x->b * view->out_batch + x->h * view->out_head + t * view->out_token;
 }
 
-/* Row r of Q, times scale and log2 e, or of dO; zeros from row `rows` on. Memory is asked for the next queries' row. */
+/* Reads it, Q times scale and log2 e; zeros from row `rows` on. Memory is asked for the next queries' row. */
 INLINE void read_row(const FlashBackBlock *x, int r, bool is_q)
 {
-    const float *from = is_q ? row_of_q(x, r) : row_of_dout(x, r);
-    const float *next = is_q ? row_of_q(x, r + ROWS) : row_of_dout(x, r + ROWS);
+    const float *from = row_of(x, r, is_q), *next = row_of(x, r + ROWS, is_q);
     float *to = (is_q ? x->q : x->dout) + (size_t)r * x->width, factor = is_q ? x->s->scale * log2e : 1;
     int n = r < x->rows ? x->s->head_size : 0, width = x->width;
     for (int d = 0; d < width; d += LANES) {
@@ -175,8 +172,8 @@ static void weigh_row(const FlashBackBlock *x, int r)
     }
 }
 
-/* Of a gradient the first `rows` of TILE rows and the first n of PAIR numbers: += the sum over k < terms of
- * a[row * a_row + k * a_step] * b[k]. The last tile of a row may be one vector wide. */
+/* Of TILE rows of a gradient and `vectors` vectors of each the first `rows` and the first n numbers: += the sum over
+ * k < terms of a[row * a_row + k * a_step] * b[k]. */
 INLINE void add_vectors(float *to, size_t step, int rows, int n, int vectors, const float *a, size_t a_row,
                         size_t a_step, const float *b, size_t width, int terms)
 {
@@ -191,41 +188,47 @@ INLINE void add_vectors(float *to, size_t step, int rows, int n, int vectors, co
         store_first(to + i * step + j * LANES, c[i][j], i < rows ? n - j * LANES : 0);
 }
 
-INLINE void add_tile(float *to, size_t step, int rows, int n, const float *a, size_t a_row, size_t a_step,
-                     const float *b, size_t width, int terms)
+/* The same with constants; then nothing needs to be asked for each row of a whole tile. */
+INLINE void add_tile(float *to, size_t step, int rows, int n, int vectors, const float *a, size_t a_row,
+                     size_t a_step, const float *b, size_t width, int terms)
 {
-    if (rows >= TILE && n >= PAIR) /* constants: nothing to ask for each row */
-        add_vectors(to, step, TILE, PAIR, 2, a, a_row, a_step, b, width, terms);
-    else if (n > LANES)
-        add_vectors(to, step, rows, n, 2, a, a_row, a_step, b, width, terms);
-    else
-        add_vectors(to, step, rows, n, 1, a, a_row, a_step, b, width, terms);
+    bool whole = rows >= TILE && n >= vectors * LANES;
+    switch (whole ? vectors : -vectors) {
+    case 1: add_vectors(to, step, TILE, LANES, 1, a, a_row, a_step, b, width, terms); break;
+    case 2: add_vectors(to, step, TILE, 2 * LANES, 2, a, a_row, a_step, b, width, terms); break;
+    case 3: add_vectors(to, step, TILE, 3 * LANES, 3, a, a_row, a_step, b, width, terms); break;
+    case -1: add_vectors(to, step, rows, n, 1, a, a_row, a_step, b, width, terms); break;
+    case -2: add_vectors(to, step, rows, n, 2, a, a_row, a_step, b, width, terms); break;
+    case -3: add_vectors(to, step, rows, n, 3, a, a_row, a_step, b, width, terms); break;
+    }
 }
 
-/* The rows of dK or dV: += left^T right; left (ROWS,KEYS), right (ROWS,width). */
+/* dK or dV += left^T right; left (ROWS,KEYS), right (ROWS,width). */
 static void add_key_gradient(const FlashBackBlock *x, float *gradient, const float *left, const float *right)
 {
-    size_t width = x->width;
-    for (int d = 0; d < x->s->head_size; d += PAIR)
+    size_t width = x->width, step = x->g->view.k_token;
+    for (int d = 0; d < x->width; d += x->part)
         for (int key = 0; key < x->keys; key += TILE) {
             int from = x->seen_from[key / TILE], terms = x->seen_to[key / TILE] - from;
+            int n = x->s->head_size - d, vectors = smaller(x->part, x->width - d) / LANES;
             float *to = (float *)row_of_k(x, gradient, x->key + key) + d;
+            const float *a = left + from * KEYS + key, *b = right + from * width + d;
             if (terms > 0)
-                add_tile(to, x->g->view.k_token, x->keys - key, x->s->head_size - d, left + from * KEYS + key,
-                         1, KEYS, right + from * width + d, width, terms);
+                add_tile(to, step, x->keys - key, n, vectors, a, 1, KEYS, b, width, terms);
         }
 }
 
 /* dQ += dS K. */
 static void add_query_gradient(const FlashBackBlock *x)
 {
-    size_t width = x->width;
-    for (int d = 0; d < x->s->head_size; d += PAIR)
+    size_t width = x->width, step = x->dq_token;
+    for (int d = 0; d < x->width; d += x->part)
         for (int r = 0; r < x->rows; r += TILE) {
             int from = x->sight[r / TILE].from, terms = x->sight[r / TILE].to - from;
+            int n = x->s->head_size - d, vectors = smaller(x->part, x->width - d) / LANES;
+            const float *a = x->d_scores + r * KEYS + from, *b = x->k_rows + from * width + d;
             if (terms > 0)
-                add_tile(x->dq + r * x->dq_token + d, x->dq_token, x->rows - r, x->s->head_size - d,
-                         x->d_scores + r * KEYS + from, KEYS, 1, x->k_rows + from * width + d, width, terms);
+                add_tile(x->dq + r * step + d, step, x->rows - r, n, vectors, a, KEYS, 1, b, width, terms);
         }
 }
 

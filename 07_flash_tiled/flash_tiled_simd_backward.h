@@ -15,7 +15,6 @@ enum {
     FLASH_BACK_KEYS = 288,                         /* keys of a tile */
     FLASH_BACK_UNIT = LANES > TILE ? LANES : TILE, /* what TILE queries see begins at multiples of it */
     FLASH_BACK_STEP = VECTORS * LANES,             /* keys of a register tile of scores */
-    FLASH_BACK_PAIR = 2 * LANES,                   /* numbers of a register tile of dQ, dK or dV */
     FLASH_BACK_SHARES = 16, /* with fewer key/value heads (B * NKV), their keys are shared out */
     FLASH_BACK_LISTS = 32,  /* how many lists of work there are at most */
 };
@@ -71,6 +70,7 @@ typedef struct {
     /* Kept between the steps, in scratch. width is HS rounded up; what lies beyond a row's HS numbers, the last query or
      * the last key, is zero. ROWS is FLASH_BACK_ROWS, KEYS is FLASH_BACK_KEYS. */
     int width;
+    int part; /* numbers of a register tile of dQ, dK or dV: the parts of a row are as long as one another where they can be */
     float *k_columns, *v_columns; /* (width,KEYS): K^T, V^T */
     float *k_rows;                /* (KEYS,width): K times scale and log2 e */
     float *q, *dout;              /* (ROWS,width): Q times scale and log2 e, dO */

@@ -38,6 +38,8 @@ void flash_back_lay_out(FlashBackBlock *x, float *scratch, int number)
     x->key = number * KEYS;
     x->keys = larger(0, smaller(KEYS, end - x->key));
     x->width = width_of(x->s->head_size);
+    int vectors = x->width / LANES, parts = (vectors + VECTORS - 1) / VECTORS;
+    x->part = (vectors + parts - 1) / parts * LANES;
     size_t block = (size_t)KEYS * x->width, rows = (size_t)ROWS * x->width;
     x->k_columns = take(&scratch, block);
     x->v_columns = take(&scratch, block);
