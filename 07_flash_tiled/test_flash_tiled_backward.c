@@ -327,6 +327,20 @@ Test(dropout_gradient, delta_is_of_what_was_kept)
 
 /* ---- What is not seen ---- */
 
+/* A score that a query may not see is left out, even where it overflows: without fused multiply-adds inf - inf would be NaN. */
+Test(simd_gradient, unseen_scores_may_overflow)
+{
+    Gradients p = problem(1, 1, 10, 10, 8);
+    p.s.causal = true;
+    p.k[9 * 8] = 3e38f;
+    for (int t = 0; t < 10; t++)
+        p.q[t * 8] = 4;
+    differentiate(&p, "simd");
+    for (int i = 0; i < 9 * 8; i++)
+        cr_expect(isfinite(p.gradient[DQ][i]), "dq of query %d: %g", i / 8, p.gradient[DQ][i]);
+    free_problem(&p);
+}
+
 Test(gradients, rows_without_keys_give_zeros)
 {
     static const char *const names[] = {"materialised", "tiled", "simd"};
