@@ -70,7 +70,7 @@ typedef struct {
     /* Kept between the steps, in scratch. width is HS rounded up; what lies beyond a row's HS numbers, the last query or
      * the last key, is zero. ROWS is FLASH_BACK_ROWS, KEYS is FLASH_BACK_KEYS. */
     int width;
-    int part; /* numbers of a register tile of dQ, dK or dV: the parts of a row are as long as one another where they can be */
+    int part; /* numbers of a register tile of dQ, dK or dV: up to VECTORS vectors, a row cut as evenly as can be */
     float *k_columns, *v_columns; /* (width,KEYS): K^T, V^T */
     float *k_rows;                /* (KEYS,width): K times scale and log2 e */
     float *q, *dout;              /* (ROWS,width): Q times scale and log2 e, dO */
@@ -106,8 +106,8 @@ bool flash_back_weigh(FlashBackBlock *x);
 /* Adds to dk, dv and dq, in memory, what follows from D and dS. */
 void flash_back_add(const FlashBackBlock *x);
 
-/* What is added to scores of the block's row r: the bias times log2 e, or -inf where it may not look; this goes to weights. And
- * kept. For the keys in its sight that are not sure, and those up to the next multiple of
+/* What waits in weights to be added to scores of the block's row r: its bias times log2 e, or -inf where it may not look; and
+ * kept, if there is dropout. For the keys in its sight that are not sure, and those up to the next multiple of
  * FLASH_BACK_UNIT (flash_pairs.c). */
 void flash_ask_row(const FlashBackBlock *x, int r);
 

@@ -118,7 +118,7 @@ static bool bias_is_own(const AttentionShape *s)
            (stride[3] || chunks(s) == 1);
 }
 
-/* Row number `from` and those after it become 0, up to end; returns where that ends. */
+/* Rows from .. end - 1 become 0; returns the first row that has not. */
 static int clear_rows(float *rows, size_t step, int from, int end, const AttentionShape *s)
 {
     for (int row = from; row < end; row++)
