@@ -128,6 +128,8 @@ static void ask_keys(const FlashBackBlock *x, int r, int from, int to)
     for (int i = from; i < to; i += LANES) {
         IntVector key = lane + (x->key + i), sees = (first <= key) & (key < smaller(end, x->key + seen_to));
         *(Vector *)(extra + i) = vector_select(sees, (Vector){0}, (Vector){0} - INFINITY);
+        if (s->dropout > 0)
+            *(Vector *)(kept + i) = (Vector){0} + 1;
     }
     for (int i = from; !one_run && i < seen_to; i++)
         if (!attends(s, x->b, x->h, t, x->key + i))
@@ -142,8 +144,6 @@ static void ask_keys(const FlashBackBlock *x, int r, int from, int to)
             for (int i = from; i < seen_to; i++)
                 extra[i] = extra[i] == 0 ? log2e * bias[i * step] : -INFINITY;
     }
-    for (int i = from; s->dropout > 0 && i < to; i++)
-        kept[i] = 1;
     if (is && s->dropout > 0 && from < seen_to)
         dropout_row(kept, s, lse_index(s, x->b, x->h, t), x->key, from, seen_to);
 }
