@@ -8,6 +8,7 @@ void flash_back_add_bias(const FlashBackBlock *x)
     enum { KEYS = FLASH_BACK_KEYS };
     const size_t *stride = x->s->bias_stride;
     float *dbias = x->g->dbias + x->b * stride[0] + x->h * stride[1] + x->t * stride[2] + x->key * stride[3];
+    const float log2e = 1.44269504f; /* dS comes divided by it */
     /* A sum over queries is made in the tile first: a sum of sums loses less to rounding. */
     float one_row[KEYS] = {0};
     for (int r = 0; r < x->rows; r++) {
@@ -16,11 +17,11 @@ void flash_back_add_bias(const FlashBackBlock *x)
         float *row = dbias + r * stride[2], sum = 0;
         for (int i = sight->from; i < sight->to; i++)
             if (!stride[2])
-                one_row[i] += d_scores[i];
+                one_row[i] += log2e * d_scores[i];
             else if (stride[3])
-                row[i * stride[3]] += d_scores[i];
+                row[i * stride[3]] += log2e * d_scores[i];
             else
-                sum += d_scores[i];
+                sum += log2e * d_scores[i];
         if (stride[2] && !stride[3])
             row[0] += sum;
     }

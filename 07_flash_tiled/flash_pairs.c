@@ -119,13 +119,17 @@ void flash_drop_out(const FlashBlock *block, float *p, int key, int keys, int fr
 static void ask_keys(const FlashBackBlock *x, int r, int from, int to)
 {
     const AttentionShape *s = x->s;
-    float *extra = x->extra + r * FLASH_BACK_KEYS, *kept = x->kept + r * FLASH_BACK_KEYS;
+    float *extra = x->weights + r * FLASH_BACK_KEYS, *kept = x->kept + r * FLASH_BACK_KEYS;
     int first = 0, end = 0, t = x->t + r, seen_to = smaller(to, x->sight[r / TILE].to);
     bool is = r < x->rows, one_run = !is || flash_bounds(s, x->b, t, &first, &end);
-    for (int i = from; i < to; i++) {
-        bool sees = (first <= x->key + i) & (x->key + i < end) & (i < seen_to);
-        extra[i] = sees ? 0 : -INFINITY;
-        kept[i] = 1;
+    IntVector lane;
+    for (int i = 0; i < LANES; i++)
+        lane[i] = i;
+    for (int i = from; i < to; i += LANES) {
+        IntVector key = lane + (x->key + i), sees = (first <= key) & (key < smaller(end, x->key + seen_to));
+        *(Vector *)(extra + i) = vector_select(sees, (Vector){0}, (Vector){0} - INFINITY);
+        if (s->dropout > 0)
+            *(Vector *)(kept + i) = (Vector){0} + 1;
     }
     for (int i = from; !one_run && i < seen_to; i++)
         if (!attends(s, x->b, x->h, t, x->key + i))

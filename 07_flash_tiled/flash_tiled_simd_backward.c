@@ -7,25 +7,25 @@
  *       S  = Q K^T    dP = dO V^T     rows are queries, lanes run along keys: K^T, V^T are made once a block
  *       dV += D^T dO  dK += dS^T Q    rows are keys, lanes run along the head's numbers
  *       dQ += dS K                    rows are queries, lanes likewise
- * - Scale and log2 e are in the queries, so that S comes out as an exponent of 2. dK, a sum of such queries, is divided
- *   by log2 e when it is written; dQ finds the scale in K.
+ * - Scale and log2 e are in the queries, so that S comes out as an exponent of 2. dS is divided by log2 e: so dK, a sum
+ *   of such queries, comes out right, and dQ finds scale and log2 e in K.
  * - Long sums. A tile of dK and dV is loaded and stored once for FLASH_BACK_ROWS queries, one of dQ once for
  *   FLASH_BACK_KEYS keys: the longer the sum, the less that weighs.
- * - Softmax is a pass of its own, as the products need nearly all registers. Memory has little to do meanwhile: it is asked
- *   for the next queries.
+ * - Softmax is a pass of its own, as the products need nearly all registers.
+ * - Memory waits beside multiply-adds: queries are copied tile by tile, as the first product takes them, and the
+ *   next ones are asked for then; a row of dq is asked for while it is weighed.
  * - What no query sees is left out: TILE queries at a time know which keys they see, and all five products keep to it. */
 #include "flash_tiled_simd_backward.h"
 
 #include <math.h>
 
-static const float log2e = 1.44269504f;
+static const float log2e = 1.44269504f, ln2 = 0.693147181f;
 
 enum {
     ROWS = FLASH_BACK_ROWS,
     KEYS = FLASH_BACK_KEYS,
     STEP = FLASH_BACK_STEP, /* keys of a register tile of S or dP */
-    UNIT = FLASH_BACK_UNIT, /* whole vectors of S, whole tiles of dK and dV, */
-    PAIR = FLASH_BACK_PAIR, /* which are TILE keys by PAIR numbers */
+    UNIT = FLASH_BACK_UNIT, /* whole vectors of S, whole tiles of dK and dV */
 };
 
 /* ---- A block of keys ---- */
@@ -40,17 +40,18 @@ void flash_back_begin(FlashBackBlock *x, float *scratch, int number)
 {
     flash_back_lay_out(x, scratch, number);
     int HS = x->s->head_size, width = x->width;
-    memset(x->dk, 0, (size_t)KEYS * width * sizeof *x->dk);
-    memset(x->dv, 0, (size_t)KEYS * width * sizeof *x->dv);
-    for (int i0 = 0; i0 < KEYS; i0 += LANES)
+    float factor = x->s->scale * log2e;
+    for (int i0 = 0; i0 < round_up(x->keys, UNIT); i0 += LANES)
         for (int d = 0; d < width; d += LANES) {
             Vector k[LANES] = {0}, v[LANES] = {0};
             for (int i = 0; i < LANES; i++) {
+                __builtin_prefetch(row_of_k(x, x->g->view.k, x->key + i0 + LANES + i) + d);
+                __builtin_prefetch(row_of_k(x, x->g->view.v, x->key + i0 + LANES + i) + d);
                 if (i0 + i < x->keys) {
                     k[i] = load_first(row_of_k(x, x->g->view.k, x->key + i0 + i) + d, HS - d);
                     v[i] = load_first(row_of_k(x, x->g->view.v, x->key + i0 + i) + d, HS - d);
                 }
-                *(Vector *)(x->k_rows + (size_t)(i0 + i) * width + d) = x->s->scale * k[i];
+                *(Vector *)(x->k_rows + (size_t)(i0 + i) * width + d) = factor * k[i];
             }
             transpose(k);
             transpose(v);
@@ -61,50 +62,37 @@ void flash_back_begin(FlashBackBlock *x, float *scratch, int number)
         }
 }
 
-void flash_back_finish(const FlashBackBlock *x)
-{
-    int HS = x->s->head_size, keys = smaller(KEYS, x->s->key_tokens - x->key);
-    for (int i = 0; i < keys; i++)
-        for (int d = 0; d < HS; d += LANES) {
-            size_t at = (size_t)i * x->width + d;
-            Vector dk = {0}, dv = {0}; /* of a key beyond the valid length */
-            if (i < x->keys) {
-                dk = *(const Vector *)(x->dk + at) * (1 / log2e);
-                dv = *(const Vector *)(x->dv + at);
-            }
-            store_first((float *)row_of_k(x, x->g->dk, x->key + i) + d, dk, HS - d);
-            store_first((float *)row_of_k(x, x->g->dv, x->key + i) + d, dv, HS - d);
-        }
-}
-
 /* ---- Queries meet it ---- */
 
-static const float *row_of_q(const FlashBackBlock *x, int r)
+/* Row r of Q or of dO, where the caller has it. */
+INLINE const float *row_of(const FlashBackBlock *x, int r, bool is_q)
 {
     const FlashView *view = &x->g->view;
-    return view->q + x->b * view->q_batch + x->h * view->q_head + (size_t)(x->t + r) * view->q_token;
-}
-static const float *row_of_dout(const FlashBackBlock *x, int r)
-{
-    const FlashView *view = &x->g->view;
-    return x->g->dout + x->b * view->out_batch + x->h * view->out_head + (size_t)(x->t + r) * view->out_token;
+    size_t t = x->t + r;
+    return is_q ? view->q + x->b * view->q_batch + x->h * view->q_head + t * view->q_token
+                : x->g->dout + x->b * view->out_batch + x->h * view->out_head + t * view->out_token;
 }
 
-/* Q, dO, lse and delta. Rows from `rows` on are zero, and see nothing. */
-static void read_queries(FlashBackBlock *x)
+/* Reads it, Q times scale and log2 e; zeros from row `rows` on. Memory is asked for the next queries' row. */
+INLINE void read_row(const FlashBackBlock *x, int r, bool is_q)
+{
+    const float *from = row_of(x, r, is_q), *next = row_of(x, r + ROWS, is_q);
+    float *to = (is_q ? x->q : x->dout) + (size_t)r * x->width, factor = is_q ? x->s->scale * log2e : 1;
+    int n = r < x->rows ? x->s->head_size : 0, width = x->width;
+    for (int d = 0; d < width; d += LANES) {
+        *(Vector *)(to + d) = factor * load_first(from + d, n - d);
+        __builtin_prefetch(next + d, 0, 2);
+    }
+}
+
+/* lse and delta; rows from `rows` on see nothing. */
+static void read_sums(FlashBackBlock *x)
 {
     size_t first = lse_index(x->s, x->b, x->h, x->t);
     for (int r = 0; r < round_up(x->rows, TILE); r++) {
-        bool is = r < x->rows;
-        const float *q = row_of_q(x, r), *dout = row_of_dout(x, r);
-        for (int d = 0; d < x->width; d += LANES) {
-            int n = is ? x->s->head_size - d : 0;
-            *(Vector *)(x->q + (size_t)r * x->width + d) = x->s->scale * log2e * load_first(q + d, n);
-            *(Vector *)(x->dout + (size_t)r * x->width + d) = load_first(dout + d, n);
-        }
-        float lse = is ? x->g->view.lse[first + r] : -INFINITY;
+        float lse = r < x->rows ? x->g->view.lse[first + r] : -INFINITY;
         x->lse[r] = lse == -INFINITY ? INFINITY : log2e * lse; /* 2^(score - inf) = 0 */
-        x->delta[r] = is ? x->deltas[first + r] : 0;
+        x->delta[r] = r < x->rows ? x->deltas[first + r] : 0;
     }
 }
 
@@ -119,6 +107,7 @@ INLINE void multiply_tile(const FlashBackBlock *x, float *to, const float *left,
                           bool is_score, int r, int key, int vectors)
 {
     int HS = x->s->head_size, part = is_score ? SHORT_SUM : HS;
+    bool ask = is_score && !is_sure(&x->sight[r / TILE], key, vectors * LANES);
     size_t at = (size_t)r * KEYS + key;
     Vector c[TILE][VECTORS];
     const float *a[TILE];
@@ -127,15 +116,15 @@ INLINE void multiply_tile(const FlashBackBlock *x, float *to, const float *left,
     for (int d = 0; d < HS; d += part) {
         EACH_VECTOR(i, j, vectors)
             c[i][j] = (Vector){0} - (is_score && d == 0 ? x->lse[r + i] : 0);
-        if (is_score && d == 0 && !is_sure(&x->sight[r / TILE], key, vectors * LANES))
+        if (ask && d == 0)
             EACH_VECTOR(i, j, vectors)
-                c[i][j] += ((const Vector *)(x->extra + at + i * KEYS))[j];
+                c[i][j] += ((const Vector *)(to + at + i * KEYS))[j];
         multiply_add(c, vectors, a, 1, columns + (size_t)d * KEYS + key, KEYS, smaller(part, HS - d));
         EACH_VECTOR(i, j, vectors) {
             Vector *sum = (Vector *)(to + at + i * KEYS) + j;
             if (d)
                 c[i][j] += *sum;
-            *sum = c[i][j];
+            *sum = ask ? vector_select(*sum == -INFINITY, *sum, c[i][j]) : c[i][j];
         }
         for (int i = 0; i < TILE; i++)
             a[i] += part;
@@ -149,6 +138,8 @@ INLINE void multiply_keys(const FlashBackBlock *x, float *to, const float *left,
     for (int key = 0; key < KEYS; key += STEP)
         for (int r = 0; r < x->rows; r += TILE) {
             const FlashSight *sight = &x->sight[r / TILE];
+            for (int i = 0; key == 0 && i < TILE; i++)
+                read_row(x, r + i, is_score);
             int from = larger(key, sight->from), end = smaller(key + STEP, round_up(sight->to, UNIT));
             switch (larger(0, end - from) / LANES) { /* constants: so the sums stay in registers */
             case 1: multiply_tile(x, to, left, columns, is_score, r, from, 1); break;
@@ -158,87 +149,86 @@ INLINE void multiply_keys(const FlashBackBlock *x, float *to, const float *left,
         }
 }
 
-/* Memory is asked for a row of the next queries, and of their dq. */
-static void ask_for(const FlashBackBlock *x, int r)
-{
-    const float *q = row_of_q(x, ROWS + r), *dout = row_of_dout(x, ROWS + r);
-    const float *dq = x->dq + (size_t)r * x->dq_token;
-    for (int d = 0; d < x->s->head_size; d += 16) {
-        __builtin_prefetch(q + d, 0, 2);
-        __builtin_prefetch(dout + d, 0, 2);
-        __builtin_prefetch(dq + d, 0, 2);
-    }
-}
-
 /* D and dS, of which there were S - lse and dP: the softmax and its gradient. */
 static void weigh_row(const FlashBackBlock *x, int r)
 {
     const FlashSight *sight = &x->sight[r / TILE];
     float delta = x->delta[r];
+    for (int d = 0; d < x->s->head_size; d += LANES)
+        __builtin_prefetch(x->dq + (size_t)r * x->dq_token + d, 1, 2);
     for (int key = sight->from; key < round_up(sight->to, UNIT); key += LANES) {
         size_t at = (size_t)r * KEYS + key;
         Vector *weight = (Vector *)(x->weights + at), *d_score = (Vector *)(x->d_scores + at);
         if (is_sure(sight, key, LANES)) {
             *weight = exp2_vector(*weight);
-            *d_score = *weight * (*d_score - delta);
+            *d_score = ln2 * *weight * (*d_score - delta);
         } else {
-            Vector extra = *(const Vector *)(x->extra + at), kept = *(const Vector *)(x->kept + at);
-            IntVector never = extra == -INFINITY;
-            Vector w = exp2_vector(vector_select(never, extra, *weight));
-            *d_score = vector_select(never, (Vector){0}, w * (kept * *d_score - delta));
+            Vector one = (Vector){0} + 1, kept = x->s->dropout > 0 ? *(const Vector *)(x->kept + at) : one;
+            IntVector never = *weight == -INFINITY;
+            Vector w = exp2_vector(*weight);
+            *d_score = vector_select(never, (Vector){0}, ln2 * w * (kept * *d_score - delta));
             *weight = w * kept;
         }
     }
 }
 
-/* sum (KEYS,width) += left^T right: left (ROWS,KEYS), right (ROWS,width). */
-static void add_key_gradient(const FlashBackBlock *x, float *sum, const float *left, const float *right)
+/* Of TILE rows of a gradient and `vectors` vectors of each the first `rows` and the first n numbers: += the sum over
+ * k < terms of a[row * a_row + k * a_step] * b[k]. */
+INLINE void add_vectors(float *to, size_t step, int rows, int n, int vectors, const float *a, size_t a_row,
+                        size_t a_step, const float *b, size_t width, int terms)
 {
-    size_t width = x->width;
-    for (size_t d = 0; d < width; d += PAIR)
+    Vector c[TILE][VECTORS];
+    const float *row[TILE];
+    for (int i = 0; i < TILE; i++)
+        row[i] = a + i * a_row;
+    EACH_VECTOR(i, j, vectors)
+        c[i][j] = load_first(to + i * step + j * LANES, i < rows ? n - j * LANES : 0);
+    multiply_add(c, vectors, row, a_step, b, width, terms);
+    EACH_VECTOR(i, j, vectors)
+        store_first(to + i * step + j * LANES, c[i][j], i < rows ? n - j * LANES : 0);
+}
+
+/* The same with constants; then nothing needs to be asked for each row of a whole tile. */
+INLINE void add_tile(float *to, size_t step, int rows, int n, int vectors, const float *a, size_t a_row,
+                     size_t a_step, const float *b, size_t width, int terms)
+{
+    bool whole = rows >= TILE && n >= vectors * LANES;
+    switch (whole ? vectors : -vectors) {
+    case 1: add_vectors(to, step, TILE, LANES, 1, a, a_row, a_step, b, width, terms); break;
+    case 2: add_vectors(to, step, TILE, 2 * LANES, 2, a, a_row, a_step, b, width, terms); break;
+    case 3: add_vectors(to, step, TILE, 3 * LANES, 3, a, a_row, a_step, b, width, terms); break;
+    case -1: add_vectors(to, step, rows, n, 1, a, a_row, a_step, b, width, terms); break;
+    case -2: add_vectors(to, step, rows, n, 2, a, a_row, a_step, b, width, terms); break;
+    case -3: add_vectors(to, step, rows, n, 3, a, a_row, a_step, b, width, terms); break;
+    }
+}
+
+/* dK or dV += left^T right; left (ROWS,KEYS), right (ROWS,width). */
+static void add_key_gradient(const FlashBackBlock *x, float *gradient, const float *left, const float *right)
+{
+    size_t width = x->width, step = x->g->view.k_token;
+    for (int d = 0; d < x->width; d += x->part)
         for (int key = 0; key < x->keys; key += TILE) {
-            const FlashSeen *seen = &x->seen[key / TILE];
-            float *at = sum + key * width + d;
-            Vector c[TILE][VECTORS];
-            const float *a[TILE];
-            for (int i = 0; i < TILE; i++)
-                a[i] = left + (size_t)seen->from * KEYS + key + i;
-            EACH_VECTOR(i, j, 2)
-                c[i][j] = ((const Vector *)(at + i * width))[j];
-            multiply_add(c, 2, a, KEYS, right + seen->from * width + d, width, seen->to - seen->from);
-            EACH_VECTOR(i, j, 2)
-                ((Vector *)(at + i * width))[j] = c[i][j];
+            int from = x->seen_from[key / TILE], terms = x->seen_to[key / TILE] - from;
+            int n = x->s->head_size - d, vectors = smaller(x->part, x->width - d) / LANES;
+            float *to = (float *)row_of_k(x, gradient, x->key + key) + d;
+            const float *a = left + from * KEYS + key, *b = right + from * width + d;
+            if (terms > 0)
+                add_tile(to, step, x->keys - key, n, vectors, a, 1, KEYS, b, width, terms);
         }
 }
 
-/* dq += dS K: the first `rows` of TILE rows, the first n of PAIR numbers. */
-INLINE void add_query_tile(const FlashBackBlock *x, int r, int d, int rows, int n)
-{
-    const FlashSight *sight = &x->sight[r / TILE];
-    size_t width = x->width, token = x->dq_token;
-    float *dq = x->dq + r * token + d;
-    Vector c[TILE][VECTORS];
-    const float *a[TILE];
-    for (int i = 0; i < TILE; i++)
-        a[i] = x->d_scores + (r + i) * KEYS + sight->from;
-    EACH_VECTOR(i, j, 2)
-        c[i][j] = load_first(dq + i * token + j * LANES, i < rows ? n - j * LANES : 0);
-    multiply_add(c, 2, a, 1, x->k_rows + sight->from * width + d, width, sight->to - sight->from);
-    EACH_VECTOR(i, j, 2)
-        store_first(dq + i * token + j * LANES, c[i][j], i < rows ? n - j * LANES : 0);
-}
-
+/* dQ += dS K. */
 static void add_query_gradient(const FlashBackBlock *x)
 {
-    for (int d = 0; d < x->width; d += PAIR)
+    size_t width = x->width, step = x->dq_token;
+    for (int d = 0; d < x->width; d += x->part)
         for (int r = 0; r < x->rows; r += TILE) {
-            int rows = x->rows - r, n = x->s->head_size - d;
-            if (x->sight[r / TILE].from >= x->sight[r / TILE].to)
-                continue;
-            if (rows >= TILE && n >= PAIR) /* constants: nothing to ask for each row */
-                add_query_tile(x, r, d, TILE, PAIR);
-            else
-                add_query_tile(x, r, d, rows, n);
+            int from = x->sight[r / TILE].from, terms = x->sight[r / TILE].to - from;
+            int n = x->s->head_size - d, vectors = smaller(x->part, x->width - d) / LANES;
+            const float *a = x->d_scores + r * KEYS + from, *b = x->k_rows + from * width + d;
+            if (terms > 0)
+                add_tile(x->dq + r * step + d, step, x->rows - r, n, vectors, a, KEYS, 1, b, width, terms);
         }
 }
 
@@ -246,21 +236,19 @@ bool flash_back_weigh(FlashBackBlock *x)
 {
     if (!flash_back_look_ahead(x))
         return false;
-    read_queries(x);
+    read_sums(x);
     for (int r = 0; r < round_up(x->rows, TILE); r++)
         flash_ask_row(x, r);
     multiply_keys(x, x->weights, x->q, x->k_columns, true);
     multiply_keys(x, x->d_scores, x->dout, x->v_columns, false);
-    for (int r = 0; r < round_up(x->rows, TILE); r++) {
-        ask_for(x, r);
+    for (int r = 0; r < round_up(x->rows, TILE); r++)
         weigh_row(x, r);
-    }
     return true;
 }
 
 void flash_back_add(const FlashBackBlock *x)
 {
-    add_key_gradient(x, x->dv, x->weights, x->dout);
-    add_key_gradient(x, x->dk, x->d_scores, x->q);
+    add_key_gradient(x, x->g->dv, x->weights, x->dout);
+    add_key_gradient(x, x->g->dk, x->d_scores, x->q);
     add_query_gradient(x);
 }

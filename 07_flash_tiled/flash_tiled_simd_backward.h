@@ -15,7 +15,6 @@ enum {
     FLASH_BACK_KEYS = 288,                         /* keys of a tile */
     FLASH_BACK_UNIT = LANES > TILE ? LANES : TILE, /* what TILE queries see begins at multiples of it */
     FLASH_BACK_STEP = VECTORS * LANES,             /* keys of a register tile of scores */
-    FLASH_BACK_PAIR = 2 * LANES,                   /* numbers of a register tile of dQ, dK or dV */
     FLASH_BACK_SHARES = 16, /* with fewer key/value heads (B * NKV), their keys are shared out */
     FLASH_BACK_LISTS = 32,  /* how many lists of work there are at most */
 };
@@ -45,19 +44,16 @@ FlashBackward flash_backward(const AttentionBackward *g, const AttentionShape *s
  *
  *     FlashBackBlock x = {.g = .., .s = .., .deltas = .., .b = .., .kv_head = ..};
  *     flash_back_begin(&x, scratch, number);
+ *     dk = dv = 0 for these keys
  *     for each head h that reads kv_head:
  *         for (int t = 0; flash_back_next(&x, t); t = x.t + FLASH_BACK_ROWS)
  *             if (flash_back_weigh(&x))
- *                 flash_back_add(&x);
- *     flash_back_finish(&x); */
+ *                 flash_back_add(&x); */
 typedef struct {
     int from, to; /* the keys that TILE queries see lie in from .. to - 1, counted from the block's first */
     int sure_from,
         sure_to; /* of these, whole register tiles that each query sees, with nothing added or dropped */
 } FlashSight;
-typedef struct {
-    int from, to; /* the block's queries that see any of TILE keys; multiples of TILE, equal: none */
-} FlashSeen;
 typedef struct {
     /* Filled in by the caller. */
     const FlashBackward *g;
@@ -74,17 +70,17 @@ typedef struct {
     /* Kept between the steps, in scratch. width is HS rounded up; what lies beyond a row's HS numbers, the last query or
      * the last key, is zero. ROWS is FLASH_BACK_ROWS, KEYS is FLASH_BACK_KEYS. */
     int width;
+    int part; /* numbers of a register tile of dQ, dK or dV: up to VECTORS vectors, a row cut as evenly as can be */
     float *k_columns, *v_columns; /* (width,KEYS): K^T, V^T */
-    float *k_rows;                /* (KEYS,width): K times scale */
-    float *dk, *dv;               /* (KEYS,width): sums so far, dk times log2 e */
+    float *k_rows;                /* (KEYS,width): K times scale and log2 e */
     float *q, *dout;              /* (ROWS,width): Q times scale and log2 e, dO */
     float *weights;               /* (ROWS,KEYS): D */
-    float *d_scores;              /* (ROWS,KEYS): dS */
-    float *extra;                 /* (ROWS,KEYS): the bias times log2 e, or -inf where a query may not look */
+    float *d_scores;              /* (ROWS,KEYS): dS over log2 e */
     float *kept;                  /* (ROWS,KEYS): dropout's factor, 0 or 1 / (1 - p) */
     float *lse, *delta;           /* (ROWS): lse times log2 e, +inf for a row that saw nothing */
     FlashSight sight[FLASH_BACK_ROWS / TILE];
-    FlashSeen seen[FLASH_BACK_KEYS / TILE];
+    /* The queries that see any of TILE keys: seen_from .. seen_to - 1, multiples of TILE; none if seen_to is less. */
+    int seen_from[FLASH_BACK_KEYS / TILE], seen_to[FLASH_BACK_KEYS / TILE];
 } FlashBackBlock;
 
 /* How many floats of scratch a block needs; it must be 64-byte aligned, what is in it does not matter. */
@@ -95,7 +91,7 @@ int flash_back_key_blocks(const AttentionShape *s);
 /* Says which keys are in block number `number` of that many, and where in scratch all lies. */
 void flash_back_lay_out(FlashBackBlock *x, float *scratch, int number);
 
-/* Reads the keys and values of block number `number` of that many; dk = dv = 0. */
+/* Reads the keys and values of block number `number` of that many. */
 void flash_back_begin(FlashBackBlock *x, float *scratch, int number);
 
 /* The first queries at or after t that these keys have to meet; false if there are none. */
@@ -107,13 +103,11 @@ bool flash_back_look_ahead(FlashBackBlock *x);
 /* D and dS of these queries and keys, where the first see the second; false if none sees any. */
 bool flash_back_weigh(FlashBackBlock *x);
 
-/* Adds to dk, dv and dq what follows from D and dS. */
+/* Adds to dk, dv and dq, in memory, what follows from D and dS. */
 void flash_back_add(const FlashBackBlock *x);
 
-/* Writes out dk and dv. */
-void flash_back_finish(const FlashBackBlock *x);
-
-/* extra and kept of the block's row r, for the keys in its sight that are not sure, and those up to the next multiple of
+/* What waits in weights to be added to scores of the block's row r: its bias times log2 e, or -inf where it may not look; and
+ * kept, if there is dropout. For the keys in its sight that are not sure, and those up to the next multiple of
  * FLASH_BACK_UNIT (flash_pairs.c). */
 void flash_ask_row(const FlashBackBlock *x, int r);
 

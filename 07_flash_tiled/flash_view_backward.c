@@ -16,13 +16,13 @@ int flash_back_key_blocks(const AttentionShape *s)
 
 static int width_of(int head_size)
 {
-    return round_up(head_size, FLASH_BACK_PAIR);
+    return round_up(head_size, LANES);
 }
 
 size_t flash_back_block_floats(int head_size)
 {
     size_t width = width_of(head_size);
-    return 5 * KEYS * width + 2 * ROWS * width + 4 * ROWS * KEYS + 2 * ROWS;
+    return 3 * KEYS * width + 2 * ROWS * width + 3 * ROWS * KEYS + 2 * ROWS;
 }
 
 static float *take(float **at, size_t floats)
@@ -38,17 +38,16 @@ void flash_back_lay_out(FlashBackBlock *x, float *scratch, int number)
     x->key = number * KEYS;
     x->keys = larger(0, smaller(KEYS, end - x->key));
     x->width = width_of(x->s->head_size);
+    int vectors = x->width / LANES, parts = (vectors + VECTORS - 1) / VECTORS;
+    x->part = (vectors + parts - 1) / parts * LANES;
     size_t block = (size_t)KEYS * x->width, rows = (size_t)ROWS * x->width;
     x->k_columns = take(&scratch, block);
     x->v_columns = take(&scratch, block);
     x->k_rows = take(&scratch, block);
-    x->dk = take(&scratch, block);
-    x->dv = take(&scratch, block);
     x->q = take(&scratch, rows);
     x->dout = take(&scratch, rows);
     x->weights = take(&scratch, ROWS * KEYS);
     x->d_scores = take(&scratch, ROWS * KEYS);
-    x->extra = take(&scratch, ROWS * KEYS);
     x->kept = take(&scratch, ROWS * KEYS);
     x->lse = take(&scratch, ROWS);
     x->delta = take(&scratch, ROWS);
@@ -70,7 +69,8 @@ bool flash_back_look_ahead(FlashBackBlock *x)
     const FlashKnown *known = &x->g->known;
     int kind = known->how_many ? known->how_many(s, x->b, x->t, x->t + x->rows, x->key, x->key + x->keys) : 1;
     bool any = false, plain = !s->bias && s->dropout == 0;
-    memset(x->seen, 0, sizeof x->seen);
+    for (int i = 0; i < KEYS / TILE; i++)
+        x->seen_from[i] = ROWS, x->seen_to[i] = 0;
     for (int r = 0; r < x->rows; r += TILE) {
         FlashSpan span = flash_span(s, x->b, x->t + r, smaller(TILE, x->rows - r));
         FlashSight *sight = &x->sight[r / TILE];
@@ -85,10 +85,8 @@ bool flash_back_look_ahead(FlashBackBlock *x)
         sight->sure_from = sure ? sure_from : sight->from;
         sight->sure_to = sure ? sure_to : sight->from;
         for (int key = sight->from; key < sight->to; key += TILE) {
-            FlashSeen *seen = &x->seen[key / TILE];
-            if (seen->to == 0)
-                seen->from = r;
-            seen->to = r + TILE;
+            x->seen_from[key / TILE] = smaller(x->seen_from[key / TILE], r);
+            x->seen_to[key / TILE] = r + TILE;
             any = true;
         }
     }
@@ -120,6 +118,24 @@ static bool bias_is_own(const AttentionShape *s)
            (stride[3] || chunks(s) == 1);
 }
 
+/* Rows from .. end - 1 become 0; returns the first row that has not. */
+static int clear_rows(float *rows, size_t step, int from, int end, const AttentionShape *s)
+{
+    for (int row = from; row < end; row++)
+        memset(rows + row * step, 0, s->head_size * sizeof *rows);
+    return larger(from, end);
+}
+
+/* dk = dv = 0, for keys beyond the valid length too. */
+static void clear_keys(const FlashBackBlock *x)
+{
+    const FlashView *view = &x->g->view;
+    size_t head = x->b * view->k_batch + x->kv_head * view->k_head;
+    int end = smaller(x->key + KEYS, x->s->key_tokens);
+    clear_rows(x->g->dk + head, view->k_token, x->key, end, x->s);
+    clear_rows(x->g->dv + head, view->k_token, x->key, end, x->s);
+}
+
 /* Chunk number `chunk` of the keys of one key/value head, and all queries that read it. The first chunk adds up dq where the
  * caller wants it, the others in `partial`. */
 static void chunk_gradient(FlashBackBlock x, float *partial, float *scratch, int chunk)
@@ -136,22 +152,23 @@ static void chunk_gradient(FlashBackBlock x, float *partial, float *scratch, int
         head = query_row(s, 0, 1, 0);
         x.dq_token = s->head_size;
     }
-    for (int h = first_head; h < first_head + group; h++)
-        for (int t = 0; t < s->tokens; t++)
-            memset(dq + h * head + t * x.dq_token, 0, s->head_size * sizeof *dq);
-
-    for (int block = chunk * blocks / n; block < (chunk + 1) * blocks / n; block++) {
+    int first = chunk * blocks / n;
+    for (int block = first; block < (chunk + 1) * blocks / n; block++) {
         flash_back_begin(&x, scratch, block);
-        for (x.h = first_head; x.h < first_head + group; x.h++)
+        clear_keys(&x);
+        for (x.h = first_head; x.h < first_head + group; x.h++) {
+            int cleared = block > first ? s->tokens : 0;
             for (int t = 0; flash_back_next(&x, t); t = x.t + ROWS) {
                 x.dq = dq + x.h * head + x.t * x.dq_token;
                 if (!flash_back_weigh(&x))
                     continue;
+                cleared = clear_rows(dq + x.h * head, x.dq_token, cleared, x.t + x.rows, s);
                 flash_back_add(&x);
                 if (bias_is_own(s))
                     flash_back_add_bias(&x);
             }
-        flash_back_finish(&x);
+            clear_rows(dq + x.h * head, x.dq_token, cleared, s->tokens, s);
+        }
     }
 }
 

@@ -213,11 +213,11 @@ Test(simd_gradient, edges_of_its_tiles)
     enum { R = FLASH_BACK_ROWS, K = FLASH_BACK_KEYS, V = VECTORS * LANES };
     const int tokens[] = {1, TILE - 1, TILE, TILE + 1, R - 1, R, R + 1, 2 * R + TILE};
     const int keys[] = {1, TILE + 1, V - 1, V, V + 1, K - 1, K, K + 1, 2 * K + V + 1};
-    const int head_sizes[] = {1, 2 * LANES - 1, 2 * LANES, 2 * LANES + 1, 64};
+    const int head_sizes[] = {1, LANES, LANES + 1, 2 * LANES - 1, 2 * LANES, 2 * LANES + 1, 3 * LANES, 64};
     for (int i = 0; i < 8; i++)
         for (int j = 0; j < 9; j++)
             for (int causal = 0; causal < 2; causal++) {
-                Gradients p = problem(1, 1, tokens[i], keys[j], head_sizes[(i + j) % 5]);
+                Gradients p = problem(1, 1, tokens[i], keys[j], head_sizes[(i + 2 * j) % 8]);
                 char what[100];
                 snprintf(what, sizeof what, "T %d, TK %d, HS %d%s", p.s.tokens, p.s.key_tokens, p.s.head_size,
                          causal ? ", causal" : "");
@@ -326,6 +326,20 @@ Test(dropout_gradient, delta_is_of_what_was_kept)
 }
 
 /* ---- What is not seen ---- */
+
+/* A score that a query may not see is left out, even where it overflows: without fused multiply-adds inf - inf would be NaN. */
+Test(simd_gradient, unseen_scores_may_overflow)
+{
+    Gradients p = problem(1, 1, 10, 10, 8);
+    p.s.causal = true;
+    p.k[9 * 8] = 3e38f;
+    for (int t = 0; t < 10; t++)
+        p.q[t * 8] = 4;
+    differentiate(&p, "simd");
+    for (int i = 0; i < 9 * 8; i++)
+        cr_expect(isfinite(p.gradient[DQ][i]), "dq of query %d: %g", i / 8, p.gradient[DQ][i]);
+    free_problem(&p);
+}
 
 Test(gradients, rows_without_keys_give_zeros)
 {

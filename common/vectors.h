@@ -109,12 +109,29 @@ INLINE Vector exp2_vector(Vector x)
 }
 
 /* The first n numbers from an address that needs no alignment, then zeros; to such an address. n <= 0: none. */
+#if defined(__AVX512F__)
+static inline __mmask16 first_lanes(int n)
+{
+    return (__mmask16)(n >= LANES ? 0xffff : (1u << larger(n, 0)) - 1);
+}
 INLINE Vector load_first(const float *from, int n)
 {
+    return (Vector)_mm512_maskz_loadu_ps(first_lanes(n), from);
+}
+INLINE void store_first(float *to, Vector v, int n)
+{
+    _mm512_mask_storeu_ps(to, first_lanes(n), (__m512)v);
+}
+#else
+INLINE Vector load_first(const float *from, int n)
+{
+    if (n >= LANES) { /* by itself, so that it stays in a register */
+        Vector all;
+        memcpy(&all, from, sizeof all);
+        return all;
+    }
     Vector v = {0};
-    if (n >= LANES)
-        memcpy(&v, from, sizeof v);
-    else if (n > 0)
+    if (n > 0)
         memcpy(&v, from, (size_t)n * sizeof(float));
     return v;
 }
@@ -125,6 +142,7 @@ INLINE void store_first(float *to, Vector v, int n)
     else if (n > 0)
         memcpy(to, &v, (size_t)n * sizeof(float));
 }
+#endif
 
 /* Rows become columns. One round of zipping row i with row i + LANES / 2 turns the bits of (row, column), read as
  * one number, left by one place; after log2(LANES) rounds row and column have changed places. */
