@@ -8,8 +8,7 @@ void flash_back_add_bias(const FlashBackBlock *x)
     enum { KEYS = FLASH_BACK_KEYS };
     const size_t *stride = x->s->bias_stride;
     float *dbias = x->g->dbias + x->b * stride[0] + x->h * stride[1] + x->t * stride[2] + x->key * stride[3];
-    const float log2e = 1.44269504f; /* dS comes divided by it */
-    /* A sum over queries is made in the tile first: a sum of sums loses less to rounding. */
+    /* dS comes divided by log2 e. A sum over queries is made in the tile first: a sum of sums loses less to rounding. */
     float one_row[KEYS] = {0};
     for (int r = 0; r < x->rows; r++) {
         const FlashSight *sight = &x->sight[r / TILE];

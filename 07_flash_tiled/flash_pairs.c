@@ -6,8 +6,6 @@
 
 #include "flash_dropout.h"
 
-static const float log2e = 1.44269504f;
-
 /* The first key of the document that position `place` belongs to: the numbers ascend. */
 static int document_start(const int *document, int place)
 {

@@ -16,8 +16,6 @@
 
 #include "flash_tiled_simd.h"
 
-static const float log2e = 1.44269504f;
-
 enum { ROWS = FLASH_ROWS, KEYS = FLASH_KEYS };
 
 /* ---- Copies: V with pairs of keys, and K where an odd HS leaves a number without its partner ---- */
@@ -199,17 +197,6 @@ static void finish(const Bf16Block *x, Bf16 *out, float *lse)
 
 /* ---- All blocks of a problem ---- */
 
-static FlashTeams teams_of(const AttentionShape *s)
-{
-    return flash_teams((size_t)s->batch * s->heads, s->tokens);
-}
-
-size_t bf16_scratch(const AttentionShape *s)
-{
-    FlashTeams teams = teams_of(s);
-    return flash_team_scratch(&teams, s->head_size);
-}
-
 void attention_bf16(Bf16 *out, float *lse, float *copies, float *scratch, const Bf16 *q, const Bf16 *k,
                     const Bf16 *v, const AttentionShape *s)
 {
@@ -219,7 +206,7 @@ void attention_bf16(Bf16 *out, float *lse, float *copies, float *scratch, const 
     for (size_t n = 0; n < heads; n++)
         copy_head(values + n * value_pairs(s), keys + n * key_pairs(s), k, v, s, n);
 
-    FlashTeams teams = teams_of(s);
+    FlashTeams teams = flash_teams(heads, s->tokens);
 #pragma omp parallel for schedule(dynamic) num_threads(flash_threads(&teams))
     for (size_t n = 0; n < teams.count; n++) {
         Bf16Block x[FLASH_TEAM];

@@ -3,7 +3,7 @@
  *
  *   q, out (B,NH,T,HS)   k, v (B,NH,TK,HS)   bf16        lse (B,NH,T)   float32
  *   copies    bf16_copies(s) floats     what the products want in another order, once for each head
- *   scratch   bf16_scratch(s) floats    what the tasks work in
+ *   scratch   flash_view_scratch(s)    what the threads work in
  *
  * Any mask, bias, scale, dropout; any T, TK and HS; one key/value head for each query head. A row with no key allowed:
  * out = 0, lse = -inf. Keys beyond the valid length are not read. The bits do not depend on the number of threads. */
@@ -16,6 +16,5 @@
 void attention_bf16(Bf16 *out, float *lse, float *copies, float *scratch, const Bf16 *q, const Bf16 *k,
                     const Bf16 *v, const AttentionShape *s);
 size_t bf16_copies(const AttentionShape *s);
-size_t bf16_scratch(const AttentionShape *s);
 
 #endif

@@ -14,7 +14,6 @@
 #include "flash_dropout.h"
 #include "flash_tiled_simd.h"
 
-static const float log2e = 1.44269504f;
 static const float forbidden = -1;
 
 enum {

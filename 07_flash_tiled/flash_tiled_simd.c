@@ -17,8 +17,6 @@
 
 #include <math.h>
 
-static const float log2e = 1.44269504f;
-
 /* How far a score may stand above m, in powers of two, before m has to follow. */
 static const float headroom = 20;
 

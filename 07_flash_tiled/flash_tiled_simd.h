@@ -32,6 +32,13 @@ typedef struct {
     int h, t;       /* which query this is, for mask, bias and dropout; h counts over all NH heads */
 } FlashRow;
 
+/* Of some rows none sees a key outside first .. end - 1, and each sees all of all_first .. all_end - 1 if one_run (but for
+ * a bias of -inf). */
+typedef struct {
+    int first, end, all_first, all_end;
+    bool one_run;
+} FlashSpan;
+
 typedef struct FlashBlock FlashBlock;
 struct FlashBlock {
     /* Filled in by the caller. */
@@ -50,11 +57,9 @@ struct FlashBlock {
     _Alignas(64) float l[FLASH_ROWS]; /* the sum of the weights so far; 0: nothing to attend to yet */
     _Alignas(64) int first[FLASH_ROWS]; /* a row sees no key outside first <= t2 < end */
     _Alignas(64) int end[FLASH_ROWS];
-    bool one_run; /* each row sees every key from its first to its end, if there is no bias */
-    int asked;    /* the first rows, whose outputs memory has been asked for */
-    int key, all_first, all_end,
-        last; /* flash_attend_allowed(): keys yet to be met, key <= t2 < last; of these
-                                          all_first <= t2 < all_end are seen by all rows */
+    bool one_run;   /* each row sees every key from its first to its end, if there is no bias */
+    int asked;      /* memory has been asked for the outputs of so many rows */
+    FlashSpan left; /* the keys that flash_attend_allowed() has yet to attend to */
 
     /* NULL; bf16: what does a tile in flash_attend_tile()'s place. Its keys come in pairs, an even one first. */
     void (*attend_pairs)(FlashBlock *block, int key, int keys, bool ask, int from, int vectors);
@@ -106,12 +111,7 @@ void flash_drop_out(const FlashBlock *block, float *p, int key, int keys, int fr
  * -inf), as with most masks. */
 bool flash_bounds(const AttentionShape *s, int b, int t, int *first, int *end);
 
-/* The same of rows t .. t + rows - 1: none sees a key outside first .. end - 1, each sees all of all_first ..
- * all_end - 1 if one_run (but for a bias of -inf). */
-typedef struct {
-    int first, end, all_first, all_end;
-    bool one_run;
-} FlashSpan;
+/* The same of rows t .. t + rows - 1. */
 FlashSpan flash_span(const AttentionShape *s, int b, int t, int rows);
 
 /* Writes out and lse = m + log l of each row; zeros and -inf for a row that saw no key. */
@@ -152,6 +152,10 @@ typedef struct {
 /* The view of contiguous q, out (B,NH,T,HS), k and v (B,NKV,TK,HS). */
 FlashView flash_view(const float *q, const float *k, const float *v, float *out, float *lse,
                      const AttentionShape *s);
+
+/* flash_begin() with the rows t0 <= t < t1 of a head, at most FLASH_ROWS; heads are counted over all batch entries. */
+void flash_begin_in_view(FlashBlock *block, const FlashView *view, float *scratch, const AttentionShape *s,
+                         size_t head, int t0, int t1);
 
 /* The whole of attention over such views, in parallel; scratch: flash_view_scratch(s) floats. NKV = NH. */
 void flash_attention(const FlashView *view, float *scratch, const AttentionShape *s);

@@ -19,7 +19,7 @@
 
 #include <math.h>
 
-static const float log2e = 1.44269504f, ln2 = 0.693147181f;
+static const float ln2 = 0.693147181f;
 
 enum {
     ROWS = FLASH_BACK_ROWS,

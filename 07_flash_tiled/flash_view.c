@@ -89,13 +89,14 @@ static void find_keys(FlashBlock *block)
         end = larger(end, block->end[r]);
         all_end = smaller(all_end, block->end[r]);
     }
-    block->key = round_down(first, unit_of(block));
-    block->all_first = round_up(all_first, unit_of(block));
-    block->all_end = round_down(all_end, unit_of(block));
-    block->last = end;
-    bool ask = !block->one_run || block->s->bias;
-    if (ask || block->all_first >= block->all_end)
-        block->all_first = block->all_end = end;
+    FlashSpan *left = &block->left;
+    left->first = round_down(first, unit_of(block));
+    left->all_first = round_up(all_first, unit_of(block));
+    left->all_end = round_down(all_end, unit_of(block));
+    left->end = end;
+    left->one_run = block->one_run && !block->s->bias;
+    if (!left->one_run || left->all_first >= left->all_end)
+        left->all_first = left->all_end = end;
 }
 
 void flash_attend_allowed(FlashBlock *const *block, int n)
@@ -105,12 +106,12 @@ void flash_attend_allowed(FlashBlock *const *block, int n)
     for (bool more = true; more;) {
         more = false;
         for (int i = 0; i < n; i++) {
-            FlashBlock *x = block[i];
-            bool look = x->key < x->all_first || x->key >= x->all_end;
-            int end = x->key < x->all_first ? x->all_first : look ? x->last : x->all_end;
-            if (x->key < end)
-                x->key = attend_some(x, x->key, end, look);
-            more |= x->key < x->last;
+            FlashSpan *left = &block[i]->left;
+            bool before = left->first < left->all_first, look = before || left->first >= left->all_end;
+            int end = before ? left->all_first : look ? left->end : left->all_end;
+            if (left->first < end)
+                left->first = attend_some(block[i], left->first, end, look);
+            more |= left->first < left->end;
         }
     }
 }
@@ -158,23 +159,26 @@ size_t flash_view_scratch(const AttentionShape *s)
     return flash_team_scratch(&teams, s->head_size);
 }
 
-static void begin_block(FlashBlock *block, const FlashView *view, float *scratch, const AttentionShape *s,
-                        size_t head, int t)
+void flash_begin_in_view(FlashBlock *block, const FlashView *view, float *scratch, const AttentionShape *s,
+                         size_t head, int t0, int t1)
 {
-    size_t b = head / s->heads, h = head % s->heads, k_head = b * view->k_batch + h * view->k_head;
+    size_t b = head / s->heads, h = head % s->heads;
+    size_t k_head = b * view->k_batch + h / (s->heads / s->kv_heads) * view->k_head;
+    const float *q = view->q + b * view->q_batch + h * view->q_head;
+    float *out = view->out + b * view->out_batch + h * view->out_head;
     *block = (FlashBlock){.s = s,
                           .b = (int)b,
                           .k = view->k + k_head,
                           .v = view->v + k_head,
                           .key_step = view->k_token,
-                          .rows = smaller(FLASH_ROWS, s->tokens - t)};
-    for (int r = 0; r < block->rows; r++)
-        block->row[r] = (FlashRow){
-            .q = view->q + b * view->q_batch + h * view->q_head + (size_t)(t + r) * view->q_token,
-            .out = view->out + b * view->out_batch + h * view->out_head + (size_t)(t + r) * view->out_token,
-            .lse = view->lse ? view->lse + lse_index(s, (int)b, (int)h, t + r) : NULL,
+                          .rows = t1 - t0};
+    for (int t = t0; t < t1; t++)
+        block->row[t - t0] = (FlashRow){
+            .q = q + t * view->q_token,
+            .out = out + t * view->out_token,
+            .lse = view->lse ? view->lse + lse_index(s, (int)b, (int)h, t) : NULL,
             .h = (int)h,
-            .t = t + r,
+            .t = t,
         };
     flash_begin(block, scratch);
 }
@@ -189,8 +193,8 @@ void flash_attention(const FlashView *view, float *scratch, const AttentionShape
         float *own = flash_own_scratch(scratch, &teams, s->head_size);
         for (; blocks < teams.blocks && t < s->tokens; blocks++, t += FLASH_ROWS) {
             team[blocks] = &block[blocks];
-            begin_block(team[blocks], view, own + blocks * flash_scratch(s->head_size), s,
-                        n / teams.of_a_head, t);
+            flash_begin_in_view(team[blocks], view, own + blocks * flash_scratch(s->head_size), s,
+                                n / teams.of_a_head, t, smaller(t + FLASH_ROWS, s->tokens));
         }
         flash_attend_allowed(team, blocks);
         for (int i = 0; i < blocks; i++)

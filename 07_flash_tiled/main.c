@@ -103,7 +103,7 @@ static void backward_simd(const Tensors *t, const AttentionShape *s)
 static int workspace_bf16(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
     floats[0] = bf16_copies(s);
-    floats[1] = bf16_scratch(s);
+    floats[1] = flash_view_scratch(s);
     return 2;
 }
 

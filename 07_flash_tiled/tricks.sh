@@ -17,7 +17,7 @@ edit flash_tiled_simd.c '*at = exp2_vector(*at);' 'for (int lane = 0; lane < LAN
 trick triangle 'tiles above the diagonal are scored and then masked' \
     'what no row sees is left out' causal
 edit flash_view.c 'keys = seeing_vectors(block, key, keys, &from, &to);' '(void)seeing_vectors;'
-edit flash_view.c 'block->last = end;' 'block->last = block->s->key_tokens;'
+edit flash_view.c 'left->end = end;' 'left->end = block->s->key_tokens;'
 
 trick sums 'the sums of 2 keys at a time' \
     'with more (AVX-512: 8) no multiply-add waits for the one before it, and a vector that is loaded is used for each of them'

@@ -25,8 +25,6 @@ enum {
 
 #define EACH(i, n) UNROLL for (int i = 0; i < (n); i++)
 
-static const float log2e = 1.44269504f;
-
 /* ---- Partial results ---- */
 
 /* What one row makes of one split. Weights are 2^(score - m), scores times log2 e. */

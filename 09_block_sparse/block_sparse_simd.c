@@ -63,31 +63,6 @@ size_t block_sparse_scratch(const AttentionShape *s)
     return flash_team_scratch(&teams, s->head_size);
 }
 
-static void begin_piece(Piece *x, float *scratch, const FlashView *view, const AttentionShape *s, size_t bh,
-                        int t0, int t1)
-{
-    size_t b = bh / s->heads, h = bh % s->heads;
-    size_t head = b * view->k_batch + h / (s->heads / s->kv_heads) * view->k_head;
-    *x = (Piece){.t0 = t0, .t1 = t1};
-    x->block = (FlashBlock){.s = s,
-                            .b = (int)b,
-                            .k = view->k + head,
-                            .v = view->v + head,
-                            .key_step = view->k_token,
-                            .rows = t1 - t0};
-    const float *q = view->q + b * view->q_batch + h * view->q_head;
-    float *out = view->out + b * view->out_batch + h * view->out_head;
-    for (int t = t0; t < t1; t++)
-        x->block.row[t - t0] = (FlashRow){
-            .q = q + t * view->q_token,
-            .out = out + t * view->out_token,
-            .lse = view->lse ? view->lse + lse_index(s, (int)b, (int)h, t) : NULL,
-            .h = (int)h,
-            .t = t,
-        };
-    flash_begin(&x->block, scratch);
-}
-
 /* Over heads that lie as the view says; see FlashView. */
 static void attend_view(const FlashView *view, float *scratch, const BlockMask *mask, const AttentionShape *s)
 {
@@ -100,9 +75,12 @@ static void attend_view(const FlashView *view, float *scratch, const BlockMask *
         int end = smaller((i + 1) * N, s->tokens), pieces = 0, listed;
         float *own = flash_own_scratch(scratch, &teams, s->head_size);
         Piece piece[FLASH_TEAM];
-        for (; pieces < teams.blocks && t < end; pieces++, t += FLASH_ROWS)
-            begin_piece(&piece[pieces], own + pieces * flash_scratch(s->head_size), view, s, bh, t,
-                        smaller(t + FLASH_ROWS, end));
+        for (; pieces < teams.blocks && t < end; pieces++, t += FLASH_ROWS) {
+            Piece *x = &piece[pieces];
+            *x = (Piece){.t0 = t, .t1 = smaller(t + FLASH_ROWS, end)};
+            flash_begin_in_view(&x->block, view, own + pieces * flash_scratch(s->head_size), s, bh, x->t0,
+                                x->t1);
+        }
         const ListedBlock *list = block_list(mask, (int)(bh / s->heads), (int)(bh % s->heads), i, &listed);
         for (int j = 0; j < listed; j++)
             for (int p = 0; p < pieces; p++)

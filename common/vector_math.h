@@ -14,9 +14,9 @@
  * nothing; NaN stays NaN. */
 static inline float fast_exp(float x)
 {
-    const float log2e = 1.44269504f, round_to_integer = 12582912.0f; /* 1.5 * 2^23 */
+    const float one_over_log_2 = 1.44269504f, round_to_integer = 12582912.0f; /* 1.5 * 2^23 */
     float clamped = x < -87.0f ? -87.0f : x;
-    float shifted = clamped * log2e + round_to_integer;
+    float shifted = clamped * one_over_log_2 + round_to_integer;
     float n = shifted - round_to_integer;
     float f = clamped - n * 0.693359375f; /* log 2 in two parts, so that f keeps its low bits */
     f = f - n * -2.12194440e-4f;

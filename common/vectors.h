@@ -84,6 +84,8 @@ static inline Vector vector_max(Vector a, Vector b)
 #endif
 }
 
+static const float log2e = 1.44269504f; /* e^x = 2^(log2e x) */
+
 /* 2^x for x <= 127: the nearest integer n goes into the exponent, a polynomial of degree 6 (minimax, 2e-9)
  * takes the rest. Below -150 the result is exactly 0, for -inf too; NaN stays NaN. Adding 1.5 * 2^23 leaves
  * no room for a fraction: the sum's low bits are n. */
