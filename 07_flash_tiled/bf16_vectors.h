@@ -28,41 +28,72 @@ INLINE Vector add_pair_products(Vector sum, Pair a, PairVector b)
 #endif
 }
 
-/* c[i][j] += the sum over k < n of pair a[i][k * a_step] times pairs b[k * b_step][j], as multiply_add() of vectors.h. */
-INLINE void multiply_pairs(Vector c[TILE][VECTORS], int vectors, const Pair *const a[TILE], size_t a_step,
-                           const Pair *b, size_t b_step, int n)
+/* ---- Rows of numbers as pairs; what follows the last of n numbers is 0 ---- */
+
+/* The first LANES pairs of a row that has n numbers; to such a row. */
+INLINE PairVector load_pairs(const Bf16 *row, int n)
 {
-    for (int k = 0; k < n; k++, b += b_step)
-        EACH_VECTOR(i, j, vectors)
-            c[i][j] = add_pair_products(c[i][j], a[i][k * a_step], ((const PairVector *)b)[j]);
+    PairVector x = {0};
+    if (n >= 2 * LANES)
+        memcpy(&x, row, sizeof x);
+    else if (n > 0)
+        memcpy(&x, row, (size_t)n * sizeof *row);
+    return x;
+}
+INLINE void store_pairs(Bf16 *row, PairVector x, int n)
+{
+    memcpy(row, &x, (size_t)smaller(n, 2 * LANES) * sizeof *row);
 }
 
-/* ---- Rows of HS numbers: what follows the last of an odd HS is 0 ---- */
-
-/* A row's pairs go to every step-th place, and come back. */
-INLINE void scatter_row(Pair *to, size_t step, const Bf16 *row, int HS)
+/* LANES rows of LANES pairs become columns. */
+INLINE void transpose_pairs(PairVector row[LANES])
 {
-    for (int d = 0; d + 1 < HS; d += 2)
-        memcpy(to + (size_t)d / 2 * step, row + d, sizeof *to);
-    if (HS % 2)
-        to[(size_t)HS / 2 * step] = row[HS - 1];
-}
-INLINE void gather_row(Bf16 *row, const Pair *from, size_t step, int HS)
-{
-    for (int d = 0; d + 1 < HS; d += 2)
-        memcpy(row + d, from + (size_t)d / 2 * step, sizeof *from);
-    if (HS % 2)
-        row[HS - 1] = (Bf16)from[(size_t)HS / 2 * step];
+    transpose((Vector *)row);
 }
 
-/* Two rows side by side: row r of `to` (n / 2 rounded up, width) holds rows 2r and 2r + 1. Its other numbers stay. */
-static inline void pair_rows(Pair *to, size_t width, const Bf16 *from, int n, int HS)
+/* The pairs of rows become columns: pair p of row r, n numbers each, goes to to[p * step + r]; zeros up to the next multiple
+ * of LANES rows and pairs. */
+static inline void turn_rows(Pair *to, size_t step, const Bf16 *from, int rows, int n)
 {
-    for (int r = 0; r + 1 < n; r += 2, to += width, from += 2 * HS)
-        for (int d = 0; d < HS; d++)
-            to[d] = from[d] | (Pair)from[HS + d] << 16;
-    for (int d = 0; n % 2 && d < HS; d++)
-        to[d] = from[d];
+    for (int r0 = 0; r0 < rows; r0 += LANES)
+        for (int p0 = 0; 2 * p0 < n; p0 += LANES) {
+            PairVector x[LANES] = {0};
+            for (int r = r0; r < smaller(r0 + LANES, rows); r++)
+                x[r - r0] = load_pairs(from + (size_t)r * n + 2 * p0, n - 2 * p0);
+            transpose_pairs(x);
+            for (int p = 0; p < LANES; p++)
+                *(PairVector *)(to + (size_t)(p0 + p) * step + r0) = x[p];
+        }
+}
+
+/* LANES numbers of a row, of which n are left, each as the first of a pair. */
+INLINE PairVector load_numbers(const Bf16 *row, int n)
+{
+    Bf16 x __attribute__((vector_size(LANES * sizeof(Bf16)))) = {0};
+    if (n >= LANES)
+        memcpy(&x, row, sizeof x);
+    else if (n > 0)
+        memcpy(&x, row, (size_t)n * sizeof *row);
+    return __builtin_convertvector(x, PairVector);
+}
+
+/* Two rows side by side: pair r of number d is of rows 2r and 2r + 1. It goes to to[r * width + d], and nothing else is
+ * written; or with `deep` pairs of a number one behind the other (deep = LANES) to
+ * to[(r / deep * width + d) * deep + r % deep], with zeros for what the last block of pairs and numbers lacks. */
+INLINE void pair_rows(Pair *to, size_t width, int deep, const Bf16 *from, int rows, int n)
+{
+    for (int r0 = 0; 2 * r0 < rows; r0 += LANES)
+        for (int d = 0; d < n; d += LANES) {
+            PairVector x[LANES] = {0};
+            for (int r = 2 * r0; r < smaller(2 * (r0 + LANES), rows); r++)
+                x[r / 2 - r0] |= load_numbers(from + (size_t)r * n + d, n - d) << (r % 2 * 16);
+            if (deep > 1)
+                transpose_pairs(x);
+            for (int i = 0; deep > 1 && i < LANES; i++)
+                *(PairVector *)(to + r0 * width + (size_t)(d + i) * deep) = x[i];
+            for (int r = r0; deep == 1 && r < smaller(r0 + LANES, (rows + 1) / 2); r++)
+                memcpy(to + r * width + d, &x[r - r0], (size_t)smaller(LANES, n - d) * sizeof *to);
+        }
 }
 
 /* ---- Rounding ---- */
@@ -89,16 +120,21 @@ INLINE PairVector pairs_from(Vector first, Vector second)
 #endif
 }
 
-/* LANES numbers rounded likewise, one behind the other. */
-INLINE void store_row(Bf16 *row, Vector x)
+/* LANES numbers rounded likewise, one behind the other; no more than n. */
+INLINE void store_row(Bf16 *row, Vector x, int n)
 {
 #ifdef __AVX512BF16__
-    _mm256_storeu_si256((__m256i *)row, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+    __m256bh narrow = _mm512_cvtneps_pbh((__m512)x);
 #else
-    PairVector rounded = pairs_from(x, (Vector){0});
+    PairVector pairs = pairs_from(x, (Vector){0});
+    Bf16 narrow[LANES];
     for (int i = 0; i < LANES; i++)
-        row[i] = (Bf16)rounded[i];
+        narrow[i] = (Bf16)pairs[i];
 #endif
+    if (n >= LANES)
+        memcpy(row, &narrow, sizeof narrow);
+    else if (n > 0)
+        memcpy(row, &narrow, (size_t)n * sizeof *row);
 }
 
 /* ---- Powers of two ---- */

@@ -18,49 +18,60 @@
 
 enum { ROWS = FLASH_ROWS, KEYS = FLASH_KEYS };
 
-/* ---- Copies: V with pairs of keys, and K where an odd HS leaves a number without its partner ---- */
+/* ---- Copies of a head's keys and values, as multiply_pairs() wants them ---- */
 
+/* Pairs of a row of Q or K. */
 static int row_pairs(const AttentionShape *s)
 {
-    return (s->head_size + 1) / 2;
+    return round_up((s->head_size + 1) / 2, DEEP);
 }
 
-/* Pairs of one head's copy of V: (TK / 2, HS), TK and HS rounded up to TILE. */
-static size_t value_pairs(const AttentionShape *s)
+/* Numbers of a row of V. */
+static size_t value_width(const AttentionShape *s)
 {
-    return (size_t)round_up(s->head_size, TILE) * round_up(s->key_tokens, TILE) / 2;
+    return round_up(s->head_size, PANEL);
 }
 
-/* And of K: (TK, row_pairs). */
+static size_t copied_keys(const AttentionShape *s)
+{
+    return round_up(s->key_tokens, larger(PANEL, 2 * DEEP));
+}
+
+/* K (keys, row_pairs): pairs of a row's numbers. V (keys / 2, width), DEEP pairs of a number together: pairs of keys. */
 static size_t key_pairs(const AttentionShape *s)
 {
-    return s->head_size % 2 ? (size_t)s->key_tokens * row_pairs(s) : 0;
+    return copied_keys(s) * row_pairs(s);
+}
+static size_t value_pairs(const AttentionShape *s)
+{
+    return copied_keys(s) / 2 * value_width(s);
 }
 
 size_t bf16_copies(const AttentionShape *s)
 {
-    return (size_t)s->batch * s->heads * (value_pairs(s) + key_pairs(s));
+    return (size_t)s->batch * s->heads * (key_pairs(s) + value_pairs(s));
 }
 
-/* Head n of all. */
-static void copy_head(Pair *values, Pair *keys, const Bf16 *k, const Bf16 *v, const AttentionShape *s,
+/* Head n of all. What the copies have room for beyond it is 0. */
+static void copy_head(Pair *keys, Pair *values, const Bf16 *k, const Bf16 *v, const AttentionShape *s,
                       size_t n)
 {
-    int HS = s->head_size, valid = s->lengths ? s->lengths[n / s->heads] : s->key_tokens;
+    int HS = s->head_size, valid = s->lengths ? s->lengths[n / s->heads] : s->key_tokens,
+        pairs = row_pairs(s);
     size_t head = n * s->key_tokens * HS;
-    if ((size_t)(valid / 2) * HS < value_pairs(s)) /* some numbers have no partner, or no place */
-        memset(values, 0, value_pairs(s) * sizeof *values);
-    pair_rows(values, round_up(HS, TILE), v + head, valid, HS);
-    for (size_t key = 0; HS % 2 && key < (size_t)valid; key++)
-        scatter_row(keys + key * row_pairs(s), 1, k + head + key * HS, HS);
+    memset(keys, 0, key_pairs(s) * sizeof *keys);
+    memset(values, 0, value_pairs(s) * sizeof *values);
+    for (int key = 0; key < valid; key++)
+        memcpy(keys + (size_t)key * pairs, k + head + (size_t)key * HS, HS * sizeof *k);
+    pair_rows(values, value_width(s), DEEP, v + head, valid, HS);
 }
 
 /* ---- A block of queries ---- */
 
-/* out_columns is float32 (HS, ROWS), HS rounded up to TILE. */
+/* out_columns is float32 (width, ROWS). */
 typedef struct {
     FlashBlock block;  /* first, so that its address is this one's; its q, k, v and out are not used */
-    const Pair *k, *v; /* of this head: (TK, row_pairs), and the copy */
+    const Pair *k, *v; /* this head's copies */
     Pair *q_columns;   /* (row_pairs, ROWS): pairs of a query's numbers */
 } Bf16Block;
 
@@ -72,8 +83,7 @@ static void begin(Bf16Block *x, const Bf16 *q, float *scratch)
     block->out_columns = scratch;
     x->q_columns = (Pair *)(scratch + columns);
     flash_begin_rows(block);
-    for (int r = 0; r < block->rows; r++)
-        scatter_row(x->q_columns + r, ROWS, q + (size_t)r * block->s->head_size, block->s->head_size);
+    turn_rows(x->q_columns, ROWS, q, block->rows, block->s->head_size);
 }
 
 /* Weights of keys key .. key + keys - 1 as pairs (keys / 2, ROWS), their sum, and the largest score - m. ask: with
@@ -88,29 +98,28 @@ INLINE void weigh(const Bf16Block *x, Pair *p, Vector top[VECTORS], Vector sum[V
         top[j] = (Vector){0} - INFINITY;
         sum[j] = (Vector){0};
     }
-    for (int i0 = 0; i0 < keys; i0 += TILE) {
-        Vector c[TILE][VECTORS];
-        const Vector *term = (const Vector *)(terms + i0 * ROWS) + from;
-        PairVector *weights = (PairVector *)(p + i0 / 2 * ROWS) + from;
-        const Pair *k[TILE]; /* past the last key: the last again, which flash_ask() forbids */
-        for (int i = 0; i < TILE; i++)
-            k[i] = x->k + (size_t)(key + (ask ? smaller(i0 + i, keys - 1) : i0 + i)) * pairs;
-        EACH_VECTOR(i, j, vectors)
-            c[i][j] = (Vector){0};
-        multiply_pairs(c, vectors, k, 1, x->q_columns + from * LANES, ROWS, pairs);
-        EACH_VECTOR(i, j, vectors) {
-            /* The term less m first: a mask of -1e9 leaves room for the score. */
-            Vector less_m = -m[j];
-            if (ask)
-                less_m += term[i * VECTORS + j];
-            Vector score = c[i][j] * to_exponent + less_m;
-            if (ask)
-                score = vector_select(less_m == -INFINITY, less_m, score);
-            top[j] = vector_max(score, top[j]);
-            c[i][j] = exp2_short(score);
-            sum[j] += c[i][j];
-            if (i % 2)
-                weights[i / 2 * VECTORS + j] = pairs_from(c[i - 1][j], c[i][j]);
+    for (int i0 = 0; i0 < keys; i0 += PANEL) {
+        Vector c[PANEL][VECTORS];
+        multiply_pairs(c[0], VECTORS, vectors, false, x->k + (size_t)(key + i0) * pairs, pairs, DEEP,
+                       x->q_columns + from * LANES, ROWS, pairs);
+        for (int half = 0; half < PANEL; half += TILE) {
+            const Vector *term = (const Vector *)(terms + (i0 + half) * ROWS) + from;
+            PairVector *weights = (PairVector *)(p + (i0 + half) / 2 * ROWS) + from;
+            Vector weight[TILE][VECTORS];
+            EACH_VECTOR(i, j, vectors) {
+                /* The term less m first: a mask of -1e9 leaves room for the score. */
+                Vector less_m = -m[j];
+                if (ask)
+                    less_m += term[i * VECTORS + j];
+                Vector score = c[half + i][j] * to_exponent + less_m;
+                if (ask)
+                    score = vector_select(less_m == -INFINITY, less_m, score);
+                top[j] = vector_max(score, top[j]);
+                weight[i][j] = exp2_short(score);
+                sum[j] += weight[i][j];
+                if (i % 2)
+                    weights[i / 2 * VECTORS + j] = pairs_from(weight[i - 1][j], weight[i][j]);
+            }
         }
     }
 }
@@ -127,21 +136,15 @@ static void drop_out(const FlashBlock *block, Pair *p, float *kept, int key, int
                 (kept[i * ROWS + r] > 0 ? lower_half : 0) | (kept[(i + 1) * ROWS + r] > 0 ? upper_half : 0);
 }
 
-/* out += p^T V, TILE numbers of each value at a time. */
+/* out += p^T V, PANEL numbers of each value at a time. */
 INLINE void add_values(Bf16Block *x, const Pair *p, int key, int keys, int from, int vectors)
 {
-    size_t width = round_up(x->block.s->head_size, TILE);
-    for (size_t d = 0; d < width; d += TILE) {
-        Vector c[TILE][VECTORS], *out = (Vector *)x->block.out_columns + d * VECTORS + from;
-        const Pair *v[TILE];
-        for (int i = 0; i < TILE; i++)
-            v[i] = x->v + key / 2 * width + d + i;
-        EACH_VECTOR(i, j, vectors)
-            c[i][j] = out[i * VECTORS + j];
-        multiply_pairs(c, vectors, v, width, p + from * LANES, ROWS, (keys + 1) / 2);
-        EACH_VECTOR(i, j, vectors)
-            out[i * VECTORS + j] = c[i][j];
-    }
+    size_t width = value_width(x->block.s);
+    const Pair *v = x->v + key / 2 * width;
+    for (size_t d = 0; d < width; d += PANEL)
+        multiply_pairs((Vector *)x->block.out_columns + d * VECTORS + from, VECTORS, vectors, true,
+                       v + d * DEEP, DEEP, width * DEEP, p + from * LANES, ROWS,
+                       round_up(keys, 2 * DEEP) / 2);
 }
 
 INLINE void attend_tile(Bf16Block *x, int key, int keys, bool ask, int from, int vectors)
@@ -152,6 +155,9 @@ INLINE void attend_tile(Bf16Block *x, int key, int keys, bool ask, int from, int
     FlashBlock *block = &x->block;
     if (ask)
         flash_ask(block, terms, key, keys, from, vectors);
+    for (; keys % (2 * DEEP); keys++) /* whole steps, of keys that weigh nothing */
+        for (int j = from; ask && j < from + vectors; j++)
+            ((Vector *)terms)[keys * VECTORS + j] = (Vector){0} - INFINITY;
     weigh(x, p, top, sum, terms, key, keys, ask, from, vectors);
     if (flash_raise_maximum(block, top, from, vectors))
         weigh(x, p, top, sum, terms, key, keys, ask, from, vectors);
@@ -176,23 +182,27 @@ static void attend_pairs(FlashBlock *block, int key, int keys, bool ask, int fro
     }
 }
 
-/* out = out_columns / l, through q_columns, which nobody needs any more. lse of each row */
+/* out = out_columns / l; lse of each row */
 static void finish(const Bf16Block *x, Bf16 *out, float *lse)
 {
     const FlashBlock *block = &x->block;
-    for (int j = 0; j < VECTORS; j++) {
-        Vector l = ((const Vector *)block->l)[j] * (1 - block->s->dropout);
+    int HS = block->s->head_size;
+    for (int r0 = 0; r0 < block->rows; r0 += LANES) {
+        Vector l = *(const Vector *)(block->l + r0) * (1 - block->s->dropout);
         Vector one_over_l = vector_select(l == 0, (Vector){0}, 1 / l);
-        for (int i = 0; i < row_pairs(block->s); i++) {
-            const Vector *both = (const Vector *)block->out_columns + (size_t)2 * i * VECTORS + j;
-            ((PairVector *)x->q_columns)[i * VECTORS + j] =
-                pairs_from(both[0] * one_over_l, both[VECTORS] * one_over_l);
+        for (int p0 = 0; 2 * p0 < HS; p0 += LANES) {
+            PairVector pairs[LANES] = {0};
+            for (int i = 0; i < LANES && 2 * (p0 + i) < HS; i++) {
+                const Vector *both = (const Vector *)(block->out_columns + 2 * (p0 + i) * ROWS + r0);
+                pairs[i] = pairs_from(both[0] * one_over_l, both[VECTORS] * one_over_l);
+            }
+            transpose_pairs(pairs);
+            for (int r = r0; r < smaller(r0 + LANES, block->rows); r++)
+                store_pairs(out + (size_t)r * HS + 2 * p0, pairs[r - r0], HS - 2 * p0);
         }
     }
-    for (int r = 0; r < block->rows; r++) {
-        gather_row(out + (size_t)r * block->s->head_size, x->q_columns + r, ROWS, block->s->head_size);
+    for (int r = 0; r < block->rows; r++)
         lse[r] = block->l[r] == 0 ? -INFINITY : (block->m[r] + log2f(block->l[r])) / log2e;
-    }
 }
 
 /* ---- All blocks of a problem ---- */
@@ -201,10 +211,10 @@ void attention_bf16(Bf16 *out, float *lse, float *copies, float *scratch, const 
                     const Bf16 *v, const AttentionShape *s)
 {
     size_t heads = (size_t)s->batch * s->heads, HS = s->head_size;
-    Pair *values = (Pair *)copies, *keys = values + heads * value_pairs(s);
+    Pair *keys = (Pair *)copies, *values = keys + heads * key_pairs(s);
 #pragma omp parallel for
     for (size_t n = 0; n < heads; n++)
-        copy_head(values + n * value_pairs(s), keys + n * key_pairs(s), k, v, s, n);
+        copy_head(keys + n * key_pairs(s), values + n * value_pairs(s), k, v, s, n);
 
     FlashTeams teams = flash_teams(heads, s->tokens);
 #pragma omp parallel for schedule(dynamic) num_threads(flash_threads(&teams))
@@ -216,8 +226,11 @@ void attention_bf16(Bf16 *out, float *lse, float *copies, float *scratch, const 
         float *own = flash_own_scratch(scratch, &teams, s->head_size);
         for (int t = first; blocks < teams.blocks && t < s->tokens; blocks++, t += ROWS) {
             x[blocks] = (Bf16Block){
-                .block = {.s = s, .b = (int)(head / s->heads), .attend_pairs = attend_pairs},
-                .k = HS % 2 ? keys + head * key_pairs(s) : (const Pair *)(k + head * s->key_tokens * HS),
+                .block = {.s = s,
+                          .b = (int)(head / s->heads),
+                          .attend_pairs = attend_pairs,
+                          .unit = 2 * DEEP},
+                .k = keys + head * key_pairs(s),
                 .v = values + head * value_pairs(s),
             };
             FlashBlock *block = team[blocks] = &x[blocks].block;
@@ -226,7 +239,9 @@ void attention_bf16(Bf16 *out, float *lse, float *copies, float *scratch, const 
                 block->row[r] = (FlashRow){.h = (int)(head % s->heads), .t = t + r};
             begin(&x[blocks], q + (head * s->tokens + t) * HS, own + blocks * flash_scratch(s->head_size));
         }
+        tiles_begin();
         flash_attend_allowed(team, blocks);
+        tiles_end();
         for (int i = 0; i < blocks; i++) {
             size_t row = head * s->tokens + first + i * ROWS;
             finish(&x[i], out + row * HS, lse + row);

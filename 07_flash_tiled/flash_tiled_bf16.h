@@ -10,7 +10,7 @@
 #ifndef FLASH_TILED_BF16_H
 #define FLASH_TILED_BF16_H
 
-#include "bf16_vectors.h"
+#include "bf16_product.h"
 #include "shape.h"
 
 void attention_bf16(Bf16 *out, float *lse, float *copies, float *scratch, const Bf16 *q, const Bf16 *k,

@@ -4,7 +4,8 @@
  *   dq, dk, dv                 written, bf16; every sum is float32
  *   delta   (B,NH,T)                      written: rowsum(dout * out)
  *   sums    bf16_gradient_sums(s)         dq in float32, once for each task that adds to it
- *   scratch bf16_backward_scratch(s)      64-byte aligned
+ *   copies  bf16_backward_copies(s)       Q and dO, as the products want them
+ *   scratch bf16_backward_scratch(s)      64-byte aligned, as sums and copies are
  *
  * Takes all that the forward takes but a bias. A row with no key allowed gives zeros. Keys beyond the valid length are not
  * read. The same bits for any number of threads. */
@@ -19,9 +20,10 @@ typedef struct {
     Bf16 *dq, *dk, *dv;
 } Bf16Backward;
 
-void attention_bf16_backward(const Bf16Backward *g, float *delta, float *sums, float *scratch,
+void attention_bf16_backward(const Bf16Backward *g, float *delta, float *sums, float *copies, float *scratch,
                              const AttentionShape *s);
 size_t bf16_gradient_sums(const AttentionShape *s);
+size_t bf16_backward_copies(const AttentionShape *s);
 size_t bf16_backward_scratch(const AttentionShape *s);
 
 #endif

@@ -61,8 +61,10 @@ struct FlashBlock {
     int asked;      /* memory has been asked for the outputs of so many rows */
     FlashSpan left; /* the keys that flash_attend_allowed() has yet to attend to */
 
-    /* NULL; bf16: what does a tile in flash_attend_tile()'s place. Its keys come in pairs, an even one first. */
+    /* NULL; bf16: what does a tile in flash_attend_tile()'s place. Its tiles begin at a multiple of `unit` keys; without `ask`
+     * they end there too. */
     void (*attend_pairs)(FlashBlock *block, int key, int keys, bool ask, int from, int vectors);
+    int unit;
 };
 
 /* How many floats of scratch one block needs, a multiple of 64 bytes. It must be 64-byte aligned; what is in

@@ -27,10 +27,10 @@ void flash_begin_rows(FlashBlock *block)
     }
 }
 
-/* Where tiles are cut: at any key, or between pairs. */
+/* Where tiles are cut: at any key, or at multiples of so many. */
 static int unit_of(const FlashBlock *block)
 {
-    return block->attend_pairs ? 2 : 1;
+    return block->attend_pairs ? block->unit : 1;
 }
 static int round_down(int n, int unit)
 {

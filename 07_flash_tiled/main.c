@@ -117,8 +117,9 @@ static int backward_workspace_bf16(const AttentionShape *s, size_t floats[MAX_BU
 {
     floats[0] = lse_count(s);
     floats[1] = bf16_gradient_sums(s);
-    floats[2] = bf16_backward_scratch(s);
-    return 3;
+    floats[2] = bf16_backward_copies(s);
+    floats[3] = bf16_backward_scratch(s);
+    return 4;
 }
 
 static void backward_bf16(const Tensors *t, const AttentionShape *s)
@@ -127,7 +128,7 @@ static void backward_bf16(const Tensors *t, const AttentionShape *s)
     const Bf16Backward g = {(const Bf16 *)t->q,   (const Bf16 *)t->k,    (const Bf16 *)t->v,
                             (const Bf16 *)t->out, (const Bf16 *)t->dout, t->lse,
                             (Bf16 *)t->dq,        (Bf16 *)t->dk,         (Bf16 *)t->dv};
-    attention_bf16_backward(&g, d[0], d[1], d[2], s);
+    attention_bf16_backward(&g, d[0], d[1], d[2], d[3], s);
 }
 
 static const char *no_bias(const AttentionShape *s)

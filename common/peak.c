@@ -1,5 +1,6 @@
 #include "benchmark.h"
 #include "memory.h"
+#include "tiles.h"
 #include "vectors.h"
 
 /* A multiply-add takes about 4 cycles and up to 4 begin in each (2 on x86): this many must be under way at
@@ -12,9 +13,9 @@ enum { CHAINS = 12 };
 
 enum { STEPS = 4096 };
 
-/* STEPS multiply-adds on each of CHAINS vectors. The sums settle at 1: nothing overflows, nothing becomes
- * denormal. */
-static __attribute__((noinline)) void multiply_adds(Vector *sums)
+/* STEPS multiply-adds on each of CHAINS vectors; returns how many operations that is. The sums settle at 1: nothing
+ * overflows, nothing becomes denormal. */
+static __attribute__((noinline)) double multiply_adds(Vector *sums)
 {
     const Vector half = (Vector){0} + 0.5f;
     Vector c[CHAINS];
@@ -23,12 +24,22 @@ static __attribute__((noinline)) void multiply_adds(Vector *sums)
         for (int i = 0; i < CHAINS; i++)
             c[i] = c[i] * half + half;
     memcpy(sums, c, sizeof c);
+    return 2.0 * STEPS * CHAINS * LANES;
 }
 
-/* The same of pairs of bf16; returns how many multiply-adds one instruction does in a lane. */
-static __attribute__((noinline)) int bf16_multiply_adds(Vector *sums)
+/* The same of pairs of bf16, by the fastest instruction there is. */
+static __attribute__((noinline)) double bf16_multiply_adds(Vector *sums)
 {
-#ifdef __AVX512BF16__
+#if defined(HAVE_TILES)
+    (void)sums;
+    for (int step = 0; step < STEPS; step++) { /* of zeros, which take as long */
+        _tile_dpbf16ps(0, 6, 7);
+        _tile_dpbf16ps(1, 6, 7);
+        _tile_dpbf16ps(2, 6, 7);
+        _tile_dpbf16ps(3, 6, 7);
+    }
+    return 2.0 * STEPS * 4 * (16 * 16 * 32);
+#elif defined(__AVX512BF16__)
     const __m512bh small = (__m512bh)_mm512_set1_epi32(0x3c003c00); /* 2^-7 */
     __m512 c[CHAINS];
     memcpy(c, sums, sizeof c);
@@ -36,10 +47,9 @@ static __attribute__((noinline)) int bf16_multiply_adds(Vector *sums)
         for (int i = 0; i < CHAINS; i++)
             c[i] = _mm512_dpbf16_ps(c[i], small, small);
     memcpy(sums, c, sizeof c);
-    return 2;
+    return 2.0 * STEPS * CHAINS * 2 * LANES;
 #else
-    multiply_adds(sums);
-    return 1;
+    return multiply_adds(sums);
 #endif
 }
 
@@ -48,17 +58,14 @@ static double one_thread_gflops(double ms, bool bf16)
     Vector sums[CHAINS];
     memset(sums, 0, sizeof sums);
     multiply_adds(sums); /* wakes the clock and the vector units */
-    double start = now(), seconds, rounds = 0;
-    int each = 1;
+    tiles_begin();
+    double start = now(), seconds, operations = 0;
     do {
-        if (bf16)
-            each = bf16_multiply_adds(sums);
-        else
-            multiply_adds(sums);
-        rounds++;
+        operations += bf16 ? bf16_multiply_adds(sums) : multiply_adds(sums);
         seconds = now() - start;
     } while (seconds < 1e-3 * ms);
-    return rounds * 2.0 * each * STEPS * CHAINS * LANES / seconds * 1e-9;
+    tiles_end();
+    return operations / seconds * 1e-9;
 }
 
 double peak_burst_gflops(int threads, double ms, bool bf16)
