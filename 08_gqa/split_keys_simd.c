@@ -3,10 +3,10 @@
  * - A number of a key or value is multiplied once for each row of its group and is not needed again: memory is what
  *   counts. All rows of a group meet a key when it is there.
  * - Keys, then values, are read as they lie in memory, from one end to the other. In that order the processor fetches
- *   ahead of its own accord; asking for more in advance made it slower, and so did several keys side by side.
+ *   ahead of its own accord; several keys side by side made it slower.
  * - Lanes run along a head. Registers hold what is used again for each key: part of the queries while keys go past, and
  *   part of the results while values do. They have no room for all of ROWS rows of a wide head, so that a few keys (STEP)
- *   go past twice; the second time they come from the nearest cache.
+ *   go past twice, the second time from the nearest cache. Lest memory rest meanwhile, as many more are asked for.
  * - The keys are split, for there may be more threads than key/value heads, and each split has its own maximum. */
 #include "split_keys_simd.h"
 
@@ -19,11 +19,11 @@ enum {
     SHORTEST = 256, /* keys of a split: few enough to share out a short cache, */
     LONGEST = 2048, /* and many, since each split begins by reading elsewhere */
     TASKS = 128,    /* what a problem is split into between those two */
-    STEP = 16,
+    STEP = 6,
     ROWS = 4,
 };
 
-#define EACH(i, n) UNROLL for (int i = 0; i < (n); i++)
+#define EACH(i, n, most) UNROLL for (int i = 0; i < (most); i++) if (i < (n))
 
 /* ---- Partial results ---- */
 
@@ -91,12 +91,10 @@ static inline float sum_lanes(Vector x)
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)x);
 #else
-    float sum[LANES];
-    memcpy(sum, &x, sizeof sum);
     for (int half = LANES / 2; half > 0; half /= 2)
         for (int i = 0; i < half; i++)
-            sum[i] += sum[i + half];
-    return sum[0];
+            x[i] += x[i + half];
+    return x[0];
 #endif
 }
 
@@ -115,18 +113,19 @@ INLINE void multiply_keys(Meeting *t, int row, int rows, int vectors, int first,
 {
     int n = vectors == 1 ? t->HS - d : LANES;
     Vector y[ROWS][TILE];
-    EACH(r, rows)
-        EACH(j, vectors)
+    EACH(r, rows, ROWS)
+        EACH(j, vectors, TILE)
             y[r][j] = load_first(t->q[row + r] + d + j * LANES, n);
     for (int i = first; i < end; i++) {
         const float *key = t->k + (size_t)i * t->HS + d;
         Vector sum[ROWS] = {0};
-        EACH(j, vectors) {
+        EACH(j, vectors, TILE) {
+            __builtin_prefetch(key + STEP * t->HS + j * LANES);
             Vector x = load_first(key + j * LANES, n);
-            EACH(r, rows)
+            EACH(r, rows, ROWS)
                 sum[r] += y[r][j] * x;
         }
-        EACH(r, rows)
+        EACH(r, rows, ROWS)
             t->weight[row + r][i] = (d > 0 ? t->weight[row + r][i] : 0) + sum_lanes(sum[r]);
     }
 }
@@ -136,19 +135,20 @@ INLINE void add_values(Meeting *t, int row, int rows, int vectors, int first, in
 {
     int n = vectors == 1 ? t->HS - d : LANES;
     Vector c[ROWS][TILE];
-    EACH(r, rows)
-        EACH(j, vectors)
+    EACH(r, rows, ROWS)
+        EACH(j, vectors, TILE)
             c[r][j] = ((Vector *)(t->o[row + r] + d))[j];
     for (int i = first; i < end; i++) {
         const float *value = t->v + (size_t)i * t->HS + d;
-        EACH(j, vectors) {
+        EACH(j, vectors, TILE) {
+            __builtin_prefetch(value + STEP * t->HS + j * LANES);
             Vector x = load_first(value + j * LANES, n);
-            EACH(r, rows)
+            EACH(r, rows, ROWS)
                 c[r][j] += t->weight[row + r][i] * x;
         }
     }
-    EACH(r, rows)
-        EACH(j, vectors)
+    EACH(r, rows, ROWS)
+        EACH(j, vectors, TILE)
             ((Vector *)(t->o[row + r] + d))[j] = c[r][j];
 }
 

@@ -27,8 +27,9 @@ double median(double *values, int n); /* sorts them */
  * wander. */
 double peak_burst_gflops(int threads, double ms, bool bf16);
 
-/* GB/s (10^9 bytes) that `threads` threads read at once, one address after the other, from 256 MiB, which no usual cache
- * holds; for about `ms` milliseconds. The memory is kept from the first call on. */
+/* GB/s (10^9 bytes) that `threads` threads read at once, one address after the other, for about `ms` milliseconds. The
+ * memory is 256 MiB, kept from the first call on; each call goes on where the last one ended, or it would find in a large
+ * cache what that one has read. */
 double read_burst_gb_per_s(int threads, double ms);
 
 /* The machine's name for charts and TSV rows: $MACHINE, or the processor's name and the number of cores. */

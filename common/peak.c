@@ -93,33 +93,32 @@ static __attribute__((noinline)) Vector read_piece(const Vector *piece)
     return total;
 }
 
-/* Round and round through a part of its own, whose first piece is long out of every cache when its turn comes again. */
-static double one_thread_gb_per_s(const Vector *part, size_t pieces, double ms)
-{
-    Vector total = {0};
-    double start = now(), seconds;
-    size_t read = 0;
-    do {
-        total += read_piece(part + read++ % pieces * PIECE);
-        seconds = now() - start;
-    } while (seconds < 1e-3 * ms);
-    /* All of it is 0. The sum is looked at, or a compiler might leave the reading out. */
-    return total[0] == 0 ? 1e-9 * read * PIECE * sizeof(Vector) / seconds : 0;
-}
-
+/* Round and round; the threads take turns at the pieces. What is read again was last read 256 MiB ago. */
 double read_burst_gb_per_s(int threads, double ms)
 {
     static Vector *memory;
+    static size_t begun;
     const size_t pieces = (256 << 20) / (PIECE * sizeof(Vector));
     if (!memory) {
         memory = (Vector *)allocate_floats(pieces * PIECE * LANES);
         memset(memory, 0,
                pieces * PIECE * sizeof(Vector)); /* pages never written to may all be the same one */
     }
-    size_t each = pieces / threads > 0 ? pieces / threads : 1;
+    size_t all = 0;
     double gb_per_s = 0;
-#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(+ : gb_per_s)
-    for (int i = 0; i < threads; i++)
-        gb_per_s += one_thread_gb_per_s(memory + i * each % pieces * PIECE, each, ms);
+#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(+ : all, gb_per_s)
+    for (int i = 0; i < threads; i++) {
+        Vector total = {0};
+        size_t read = 0;
+        double start = now(), seconds;
+        do {
+            total += read_piece(memory + (begun + i + read++ * threads) % pieces * PIECE);
+            seconds = now() - start;
+        } while (seconds < 1e-3 * ms);
+        all += read;
+        /* All of it is 0. The sum is looked at, or a compiler might leave the reading out. */
+        gb_per_s += total[0] == 0 ? 1e-9 * read * PIECE * sizeof(Vector) / seconds : 0;
+    }
+    begun += all;
     return gb_per_s;
 }
