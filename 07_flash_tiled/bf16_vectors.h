@@ -51,6 +51,15 @@ INLINE void transpose_pairs(PairVector row[LANES])
     transpose((Vector *)row);
 }
 
+/* Rows of n numbers, each with zeros up to `pairs` pairs. */
+static inline void copy_rows(Pair *to, int pairs, const Bf16 *from, int rows, int n)
+{
+    for (int r = 0; r < rows; r++, to += pairs, from += n) {
+        memcpy(to, from, (size_t)n * sizeof *from);
+        memset((Bf16 *)to + n, 0, (size_t)(2 * pairs - n) * sizeof *from);
+    }
+}
+
 /* The pairs of rows become columns: pair p of row r, n numbers each, goes to to[p * step + r]; zeros up to the next multiple
  * of LANES rows and pairs. */
 static inline void turn_rows(Pair *to, size_t step, const Bf16 *from, int rows, int n)

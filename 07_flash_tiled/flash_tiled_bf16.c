@@ -52,17 +52,13 @@ size_t bf16_copies(const AttentionShape *s)
     return (size_t)s->batch * s->heads * (key_pairs(s) + value_pairs(s));
 }
 
-/* Head n of all. What the copies have room for beyond it is 0. */
+/* Head n of all. */
 static void copy_head(Pair *keys, Pair *values, const Bf16 *k, const Bf16 *v, const AttentionShape *s,
                       size_t n)
 {
-    int HS = s->head_size, valid = s->lengths ? s->lengths[n / s->heads] : s->key_tokens,
-        pairs = row_pairs(s);
+    int HS = s->head_size, valid = s->lengths ? s->lengths[n / s->heads] : s->key_tokens;
     size_t head = n * s->key_tokens * HS;
-    memset(keys, 0, key_pairs(s) * sizeof *keys);
-    memset(values, 0, value_pairs(s) * sizeof *values);
-    for (int key = 0; key < valid; key++)
-        memcpy(keys + (size_t)key * pairs, k + head + (size_t)key * HS, HS * sizeof *k);
+    copy_rows(keys, row_pairs(s), k + head, valid, HS);
     pair_rows(values, value_width(s), DEEP, v + head, valid, HS);
 }
 
@@ -79,7 +75,7 @@ static void begin(Bf16Block *x, const Bf16 *q, float *scratch)
 {
     FlashBlock *block = &x->block;
     size_t columns = flash_scratch(block->s->head_size) / 2;
-    memset(scratch, 0, 2 * columns * sizeof *scratch);
+    memset(scratch, 0, columns * sizeof *scratch);
     block->out_columns = scratch;
     x->q_columns = (Pair *)(scratch + columns);
     flash_begin_rows(block);

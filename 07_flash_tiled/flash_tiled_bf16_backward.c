@@ -91,24 +91,18 @@ size_t bf16_backward_copies(const AttentionShape *s)
     return (size_t)s->batch * s->heads * query_blocks(s) * 4 * ROWS / 2 * width_of(s);
 }
 
-static void copy_rows(Pair *rows, Pair *pairs, const Bf16 *from, int n, const AttentionShape *s)
-{
-    int HS = s->head_size, width = width_of(s);
-    for (int r = 0; r < n; r++)
-        memcpy(rows + (size_t)r * width / 2, from + (size_t)r * HS, HS * sizeof *from);
-    pair_rows(pairs, width, DEEP, from, n, HS);
-}
-
 static void copy_queries(float *copies, const Bf16Backward *g, const AttentionShape *s, size_t n)
 {
     Queries x = queries_of(copies, s, n);
     size_t head = n / query_blocks(s), t = n % query_blocks(s) * ROWS,
            first = (head * s->tokens + t) * s->head_size;
     int rows = smaller(ROWS, s->tokens - (int)t);
-    if (rows < ROWS || s->head_size < width_of(s))
+    if (rows < ROWS)
         memset(x.q_rows, 0, (size_t)4 * ROWS / 2 * width_of(s) * sizeof(Pair));
-    copy_rows(x.q_rows, x.q_pairs, g->q + first, rows, s);
-    copy_rows(x.dout_rows, x.dout_pairs, g->dout + first, rows, s);
+    copy_rows(x.q_rows, width_of(s) / 2, g->q + first, rows, s->head_size);
+    copy_rows(x.dout_rows, width_of(s) / 2, g->dout + first, rows, s->head_size);
+    pair_rows(x.q_pairs, width_of(s), DEEP, g->q + first, rows, s->head_size);
+    pair_rows(x.dout_pairs, width_of(s), DEEP, g->dout + first, rows, s->head_size);
 }
 
 /* ---- A block of keys, and a block of queries ---- */
@@ -127,7 +121,7 @@ static void read_keys(Scratch *x, const Place *p)
 {
     int HS = p->s->head_size;
     const Bf16 *k = p->g->k + key_row(p->s, p->b, p->h, p->key), *v = p->g->v + (k - p->g->k);
-    if (p->keys < KEYS || HS < x->width)
+    if (p->keys < KEYS)
         memset(x->k_columns, 0, (size_t)3 * KEYS / 2 * x->width * sizeof(Pair));
     turn_rows(x->k_columns, KEYS, k, p->keys, HS);
     turn_rows(x->v_columns, KEYS, v, p->keys, HS);
