@@ -19,32 +19,38 @@
 #ifdef HAVE_TILES
 enum { PANEL = 16, DEEP = 16 };
 
+/* Registers 0 to 2 hold sums, 3 rows of a, 4 to 6 columns of b. */
+#define EACH_TILE(step)                                                                                      \
+    step(0, 4);                                                                                              \
+    if (vectors > 1) {                                                                                       \
+        step(1, 5);                                                                                          \
+    }                                                                                                        \
+    if (vectors > 2) {                                                                                       \
+        step(2, 6);                                                                                          \
+    }
+#define CLEAR(j, column) _tile_zero(j)
+#define LOAD(j, column) _tile_loadd(j, c + j, c_row)
+#define MULTIPLY(j, column)                                                                                  \
+    _tile_loadd(column, b + j * LANES, b_row);                                                               \
+    _tile_dpbf16ps(j, 3, column)
+#define STORE(j, column) _tile_stored(j, c + j, c_row)
+
 INLINE void multiply_pairs(Vector *c, size_t c_row, int vectors, bool add, const Pair *a, size_t a_row,
                            size_t a_step, const Pair *b, size_t b_row, int n)
 {
-    c_row *= sizeof *c, a_row *= sizeof *a, b_row *= sizeof *b;
-    __asm__ volatile(
-        "" ::
-            : "memory"); /* what was written is in memory: compilers do not know that tiles read it */
-#define EACH_TILE(of_first, of_second, of_third)                                                             \
-    of_first;                                                                                                \
-    if (vectors > 1)                                                                                         \
-        of_second;                                                                                           \
-    if (vectors > 2)                                                                                         \
-    of_third
+    c_row *= sizeof *c, a_row *= sizeof *a, b_row *= sizeof *b; /* tiles count in bytes */
+    /* What was written must be in memory: compilers do not know that tiles read it. */
+    __asm__ volatile("" ::: "memory");
     if (add) {
-        EACH_TILE(_tile_loadd(0, c, c_row), _tile_loadd(1, c + 1, c_row), _tile_loadd(2, c + 2, c_row));
+        EACH_TILE(LOAD)
     } else {
-        EACH_TILE(_tile_zero(0), _tile_zero(1), _tile_zero(2));
+        EACH_TILE(CLEAR)
     }
     for (int k = 0; k < n; k += DEEP, a += a_step, b += DEEP * b_row / sizeof *b) {
         _tile_loadd(3, a, a_row);
-        EACH_TILE(_tile_loadd(4, b, b_row), _tile_loadd(5, b + LANES, b_row),
-                  _tile_loadd(6, b + 2 * LANES, b_row));
-        EACH_TILE(_tile_dpbf16ps(0, 3, 4), _tile_dpbf16ps(1, 3, 5), _tile_dpbf16ps(2, 3, 6));
+        EACH_TILE(MULTIPLY)
     }
-    EACH_TILE(_tile_stored(0, c, c_row), _tile_stored(1, c + 1, c_row), _tile_stored(2, c + 2, c_row));
-#undef EACH_TILE
+    EACH_TILE(STORE)
 }
 
 #else

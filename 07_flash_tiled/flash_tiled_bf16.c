@@ -2,13 +2,13 @@
  * lazy and why a product is TILE x VECTORS sums; which rows share a block and which keys they meet is the same (flash_view.c).
  * Here is what bf16 changes.
  *
- * - A multiply-add takes pairs along the axis that is summed over. Scores sum over the head's numbers: the pairs of K lie
- *   in memory as they are, those of Q are turned once a block. The output sums over keys: two keys' weights go side by
- *   side into each lane, and the values of two keys side by side into a copy of V, made once a head.
- * - Q is not scaled: scale * log2 e times a bf16 is no bf16. The sums are the plain q.k, exact products added in
- *   float32, and one multiply-add a score makes the exponent of it.
- * - The exponents do not go to memory: 2^x follows in the registers of the product, and half as many bytes of weights are
- *   stored.
+ * - A multiply-add takes pairs along the axis that is summed over. Scores sum over the head's numbers: those of Q are turned once a
+ *   block. The output sums over keys: two keys' weights go side by side into each lane, and the values of two keys side by side into
+ *   a copy of V, made once a head. K is copied as well, so that whole panels of it can be read: bf16_product.h.
+ * - Q is not scaled: scale * log2 e times a bf16 is no bf16. The sums are the plain q.k, exact products added in float32, and one
+ *   multiply-add a score makes the exponent of it.
+ * - 2^x follows a panel of scores at once, in the registers of the product or in the nearest cache, and half as many bytes of weights
+ *   are stored.
  * - The sum of the weights, and so lse, is of the weights before they are rounded. */
 #include "flash_tiled_bf16.h"
 
