@@ -12,15 +12,13 @@
  * - Long sums. A tile of dK and dV is loaded and stored once for FLASH_BACK_ROWS queries, one of dQ once for
  *   FLASH_BACK_KEYS keys: the longer the sum, the less that weighs.
  * - Softmax is a pass of its own, as the products need nearly all registers.
- * - Memory waits beside multiply-adds: queries are copied tile by tile, as the first product takes them, and the
- *   next ones are asked for then; a row of dq is asked for while it is weighed.
+ * - Memory is asked for ahead: the next queries while a tile of these is copied, a row of dq while it is weighed.
  * - What no query sees is left out: TILE queries at a time know which keys they see, and all five products keep to it. */
 #include "flash_tiled_simd_backward.h"
 
 #include <math.h>
 
 static const float ln2 = 0.693147181f;
-
 enum {
     ROWS = FLASH_BACK_ROWS,
     KEYS = FLASH_BACK_KEYS,
@@ -101,8 +99,7 @@ static bool is_sure(const FlashSight *sight, int key, int keys)
     return sight->sure_from <= key && key + keys <= sight->sure_to;
 }
 
-/* sums[TILE][vectors]: S - lse of TILE queries by some vectors of keys, or dP. The sums of S start at -lse, the numbers and their
- * order are forward's: so they are rounded much as they were there, and large scores lose little. */
+/* S - lse of TILE queries by some vectors of keys, or dP. S is summed up in forward's order: so large scores lose little. */
 INLINE void multiply_tile(const FlashBackBlock *x, float *to, const float *left, const float *columns,
                           bool is_score, int r, int key, int vectors)
 {
@@ -164,16 +161,15 @@ static void weigh_row(const FlashBackBlock *x, int r)
             *d_score = ln2 * *weight * (*d_score - delta);
         } else {
             Vector one = (Vector){0} + 1, kept = x->s->dropout > 0 ? *(const Vector *)(x->kept + at) : one;
-            IntVector never = *weight == -INFINITY;
             Vector w = exp2_vector(*weight);
+            IntVector never = *weight == -INFINITY;
             *d_score = vector_select(never, (Vector){0}, ln2 * w * (kept * *d_score - delta));
             *weight = w * kept;
         }
     }
 }
 
-/* Of TILE rows of a gradient and `vectors` vectors of each the first `rows` and the first n numbers: += the sum over
- * k < terms of a[row * a_row + k * a_step] * b[k]. */
+/* Some vectors of TILE rows of a gradient, `rows` of them and n numbers: += sum over k of a[row * a_row + k * a_step] * b[k]. */
 INLINE void add_vectors(float *to, size_t step, int rows, int n, int vectors, const float *a, size_t a_row,
                         size_t a_step, const float *b, size_t width, int terms)
 {
