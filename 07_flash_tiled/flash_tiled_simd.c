@@ -65,22 +65,26 @@ INLINE void score_tile(const FlashBlock *block, float *p, Vector top[VECTORS], i
 }
 
 /* A row that has seen nothing yet started with m = 0, which may also be far too large for it. Random scores never get
- * beyond the first question; large ones do once or twice a row. */
+ * beyond the first question, which whole vectors are asked; large ones do once or twice a row. */
 bool flash_raise_maximum(FlashBlock *block, const Vector top[VECTORS], int from, int vectors)
 {
-    bool again = false;
-    for (int i = 0; i < vectors * LANES; i++) {
+    IntVector outgrown[VECTORS];
+    int again = 0;
+    for (int j = 0; j < vectors; j++) {
+        IntVector nothing_yet = ((const Vector *)block->l)[from + j] == 0;
+        outgrown[j] = ~(top[j] <= headroom) | (nothing_yet & (top[j] < -headroom) & (top[j] != -INFINITY));
+    }
+    for (int i = 0; i < vectors * LANES; i++)
+        again |= ((const int *)outgrown)[i];
+    for (int i = 0; again && i < vectors * LANES; i++) {
         int row = from * LANES + i;
-        float above = ((const float *)top)[i];
-        bool nothing_yet = block->l[row] == 0;
-        if (above <= headroom && (!nothing_yet || above >= -headroom || above == -INFINITY))
+        if (!((const int *)outgrown)[i])
             continue;
-        float mend = nothing_yet ? 0 : exp2f(-above);
+        float above = ((const float *)top)[i], mend = block->l[row] == 0 ? 0 : exp2f(-above);
         block->m[row] += above;
         block->l[row] *= mend;
         for (size_t d = 0; d < (size_t)block->s->head_size; d++)
             block->out_columns[d * FLASH_ROWS + row] *= mend;
-        again = true;
     }
     return again;
 }
@@ -132,8 +136,10 @@ INLINE void attend_tile(FlashBlock *block, int key, int keys, bool ask, int from
         flash_drop_out(block, p, key, keys, from, vectors);
     add_values(block, p, key, keys, from, vectors);
     for (int end = smaller(block->asked + TILE, block->rows); block->asked < end; block->asked++)
-        for (int d = 0; d < block->s->head_size; d += 16)
+        for (int d = 0; d < block->s->head_size; d += 16) {
             __builtin_prefetch(block->row[block->asked].out + d, 1);
+            __builtin_prefetch(block->row[block->asked].q + block->ahead + d, 0, 2);
+        }
 }
 
 void flash_attend_tile(FlashBlock *block, int key, int keys, bool ask, int from, int vectors)

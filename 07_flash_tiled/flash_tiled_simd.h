@@ -46,7 +46,8 @@ struct FlashBlock {
     int b;
     const float *k, *v; /* key t2: HS numbers at k + t2 * key_step; its value: at v + t2 * key_step */
     size_t key_step;
-    int rows;                 /* 1 .. FLASH_ROWS; multiples of LANES waste nothing */
+    size_t ahead; /* so many numbers behind a query is one that the thread will probably begin with next */
+    int rows;     /* 1 .. FLASH_ROWS; multiples of LANES waste nothing */
     FlashRow row[FLASH_ROWS]; /* in any order; fastest with rows side by side that see the same keys */
 
     /* Kept between the steps. Lane i of everything belongs to row[i]. */
@@ -58,7 +59,7 @@ struct FlashBlock {
     _Alignas(64) int first[FLASH_ROWS]; /* a row sees no key outside first <= t2 < end */
     _Alignas(64) int end[FLASH_ROWS];
     bool one_run;   /* each row sees every key from its first to its end, if there is no bias */
-    int asked;      /* memory has been asked for the outputs of so many rows */
+    int asked;      /* memory has been asked for the outputs of so many rows, and for their queries ahead */
     FlashSpan left; /* the keys that flash_attend_allowed() has yet to attend to */
 
     /* NULL; bf16: what does a tile in flash_attend_tile()'s place. Its tiles begin at a multiple of `unit` keys; without `ask`
@@ -155,9 +156,10 @@ typedef struct {
 FlashView flash_view(const float *q, const float *k, const float *v, float *out, float *lse,
                      const AttentionShape *s);
 
-/* flash_begin() with the rows t0 <= t < t1 of a head, at most FLASH_ROWS; heads are counted over all batch entries. */
+/* flash_begin() with the rows t0 <= t < t1 of a head, at most FLASH_ROWS; heads are counted over all batch entries. The
+ * thread will probably begin with the rows from t0 + ahead on when it is done with these. */
 void flash_begin_in_view(FlashBlock *block, const FlashView *view, float *scratch, const AttentionShape *s,
-                         size_t head, int t0, int t1);
+                         size_t head, int t0, int t1, int ahead);
 
 /* The whole of attention over such views, in parallel; scratch: flash_view_scratch(s) floats. NKV = NH. */
 void flash_attention(const FlashView *view, float *scratch, const AttentionShape *s);
