@@ -117,6 +117,7 @@ INLINE void add_values(FlashBlock *block, const float *p, int key, int keys, int
             v[i] = block->v + (size_t)key * block->key_step + smaller(d + i, HS - 1);
         EACH_VECTOR(i, j, vectors)
             c[i][j] = out[i * VECTORS + j];
+        flash_look_ahead(block);
         const float *next = (d / TILE % 2 ? block->v : block->k) + (size_t)(key + keys) * block->key_step + d;
         multiply_add_ahead(c, vectors, v, block->key_step, p + from * LANES, FLASH_ROWS, keys, next);
         EACH_VECTOR(i, j, vectors)
@@ -135,11 +136,6 @@ INLINE void attend_tile(FlashBlock *block, int key, int keys, bool ask, int from
     if (block->s->dropout > 0)
         flash_drop_out(block, p, key, keys, from, vectors);
     add_values(block, p, key, keys, from, vectors);
-    for (int end = smaller(block->asked + TILE, block->rows); block->asked < end; block->asked++)
-        for (int d = 0; d < block->s->head_size; d += 16) {
-            __builtin_prefetch(block->row[block->asked].out + d, 1);
-            __builtin_prefetch(block->row[block->asked].q + block->ahead + d, 0, 2);
-        }
 }
 
 void flash_attend_tile(FlashBlock *block, int key, int keys, bool ask, int from, int vectors)

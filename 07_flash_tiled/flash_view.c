@@ -27,6 +27,21 @@ void flash_begin_rows(FlashBlock *block)
     }
 }
 
+void flash_look_ahead(FlashBlock *block)
+{
+    if (block->asked == block->rows)
+        return;
+    const FlashRow *row = &block->row[block->asked++];
+    const float *q = row->q + block->ahead * block->q_step;
+    size_t key = (row->t + block->s->key_tokens - block->s->tokens + block->ahead) * block->key_step;
+    for (int d = 0; d < block->s->head_size; d += 16) {
+        __builtin_prefetch(row->out + d, 1);
+        __builtin_prefetch(q + d, 0, 2);
+        __builtin_prefetch(block->k + key + d, 0, 2);
+        __builtin_prefetch(block->v + key + d, 0, 2);
+    }
+}
+
 /* Where tiles are cut: at any key, or at multiples of so many. */
 static int unit_of(const FlashBlock *block)
 {
@@ -171,7 +186,8 @@ void flash_begin_in_view(FlashBlock *block, const FlashView *view, float *scratc
                           .k = view->k + k_head,
                           .v = view->v + k_head,
                           .key_step = view->k_token,
-                          .ahead = ahead * view->q_token,
+                          .ahead = ahead,
+                          .q_step = view->q_token,
                           .rows = t1 - t0};
     for (int t = t0; t < t1; t++)
         block->row[t - t0] = (FlashRow){
