@@ -110,6 +110,7 @@ INLINE void add_values(FlashBlock *block, const float *p, int key, int keys, int
 {
     int HS = block->s->head_size;
     for (int d = 0; d < HS; d += TILE) {
+        flash_look_ahead(block);
         Vector c[TILE][VECTORS];
         Vector *out = (Vector *)block->out_columns + (size_t)d * VECTORS + from;
         const float *v[TILE]; /* past the last: the last again; out_columns has room for the results */
@@ -117,7 +118,6 @@ INLINE void add_values(FlashBlock *block, const float *p, int key, int keys, int
             v[i] = block->v + (size_t)key * block->key_step + smaller(d + i, HS - 1);
         EACH_VECTOR(i, j, vectors)
             c[i][j] = out[i * VECTORS + j];
-        flash_look_ahead(block);
         const float *next = (d / TILE % 2 ? block->v : block->k) + (size_t)(key + keys) * block->key_step + d;
         multiply_add_ahead(c, vectors, v, block->key_step, p + from * LANES, FLASH_ROWS, keys, next);
         EACH_VECTOR(i, j, vectors)
