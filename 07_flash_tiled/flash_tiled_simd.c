@@ -68,12 +68,11 @@ INLINE void score_tile(const FlashBlock *block, float *p, Vector top[VECTORS], i
  * beyond the first question, which whole vectors are asked; large ones do once or twice a row. */
 bool flash_raise_maximum(FlashBlock *block, const Vector top[VECTORS], int from, int vectors)
 {
+    const Vector *l = (const Vector *)block->l + from;
     IntVector outgrown[VECTORS];
     int again = 0;
-    for (int j = 0; j < vectors; j++) {
-        IntVector nothing_yet = ((const Vector *)block->l)[from + j] == 0;
-        outgrown[j] = ~(top[j] <= headroom) | (nothing_yet & (top[j] < -headroom) & (top[j] != -INFINITY));
-    }
+    for (int j = 0; j < vectors; j++)
+        outgrown[j] = ~(top[j] <= headroom) | ((l[j] == 0) & (top[j] < -headroom) & (top[j] != -INFINITY));
     for (int i = 0; i < vectors * LANES; i++)
         again |= ((const int *)outgrown)[i];
     for (int i = 0; again && i < vectors * LANES; i++) {
