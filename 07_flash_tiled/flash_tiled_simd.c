@@ -65,22 +65,25 @@ INLINE void score_tile(const FlashBlock *block, float *p, Vector top[VECTORS], i
 }
 
 /* A row that has seen nothing yet started with m = 0, which may also be far too large for it. Random scores never get
- * beyond the first question; large ones do once or twice a row. */
+ * beyond the first question, which whole vectors are asked; large ones do once or twice a row. */
 bool flash_raise_maximum(FlashBlock *block, const Vector top[VECTORS], int from, int vectors)
 {
-    bool again = false;
-    for (int i = 0; i < vectors * LANES; i++) {
+    const Vector *l = (const Vector *)block->l + from;
+    IntVector outgrown[VECTORS];
+    int again = 0;
+    for (int j = 0; j < vectors; j++)
+        outgrown[j] = ~(top[j] <= headroom) | ((l[j] == 0) & (top[j] < -headroom) & (top[j] != -INFINITY));
+    for (int i = 0; i < vectors * LANES; i++)
+        again |= ((const int *)outgrown)[i];
+    for (int i = 0; again && i < vectors * LANES; i++) {
         int row = from * LANES + i;
-        float above = ((const float *)top)[i];
-        bool nothing_yet = block->l[row] == 0;
-        if (above <= headroom && (!nothing_yet || above >= -headroom || above == -INFINITY))
+        if (!((const int *)outgrown)[i])
             continue;
-        float mend = nothing_yet ? 0 : exp2f(-above);
+        float above = ((const float *)top)[i], mend = block->l[row] == 0 ? 0 : exp2f(-above);
         block->m[row] += above;
         block->l[row] *= mend;
         for (size_t d = 0; d < (size_t)block->s->head_size; d++)
             block->out_columns[d * FLASH_ROWS + row] *= mend;
-        again = true;
     }
     return again;
 }
@@ -106,6 +109,7 @@ INLINE void add_values(FlashBlock *block, const float *p, int key, int keys, int
 {
     int HS = block->s->head_size;
     for (int d = 0; d < HS; d += TILE) {
+        flash_look_ahead(block);
         Vector c[TILE][VECTORS];
         Vector *out = (Vector *)block->out_columns + (size_t)d * VECTORS + from;
         const float *v[TILE]; /* past the last: the last again; out_columns has room for the results */
@@ -131,9 +135,6 @@ INLINE void attend_tile(FlashBlock *block, int key, int keys, bool ask, int from
     if (block->s->dropout > 0)
         flash_drop_out(block, p, key, keys, from, vectors);
     add_values(block, p, key, keys, from, vectors);
-    for (int end = smaller(block->asked + TILE, block->rows); block->asked < end; block->asked++)
-        for (int d = 0; d < block->s->head_size; d += 16)
-            __builtin_prefetch(block->row[block->asked].out + d, 1);
 }
 
 void flash_attend_tile(FlashBlock *block, int key, int keys, bool ask, int from, int vectors)

@@ -46,6 +46,8 @@ struct FlashBlock {
     int b;
     const float *k, *v; /* key t2: HS numbers at k + t2 * key_step; its value: at v + t2 * key_step */
     size_t key_step;
+    int ahead;                /* tokens from a row to one that the thread will probably take next, */
+    size_t q_step;            /* and numbers from one token's query to the next's */
     int rows;                 /* 1 .. FLASH_ROWS; multiples of LANES waste nothing */
     FlashRow row[FLASH_ROWS]; /* in any order; fastest with rows side by side that see the same keys */
 
@@ -58,7 +60,7 @@ struct FlashBlock {
     _Alignas(64) int first[FLASH_ROWS]; /* a row sees no key outside first <= t2 < end */
     _Alignas(64) int end[FLASH_ROWS];
     bool one_run;   /* each row sees every key from its first to its end, if there is no bias */
-    int asked;      /* memory has been asked for the outputs of so many rows */
+    int asked;      /* flash_look_ahead() has been at so many rows */
     FlashSpan left; /* the keys that flash_attend_allowed() has yet to attend to */
 
     /* NULL; bf16: what does a tile in flash_attend_tile()'s place. Its tiles begin at a multiple of `unit` keys; without `ask`
@@ -116,6 +118,10 @@ bool flash_bounds(const AttentionShape *s, int b, int t, int *first, int *end);
 /* The same of rows t .. t + rows - 1. */
 FlashSpan flash_span(const AttentionShape *s, int b, int t, int rows);
 
+/* Asks memory for a row's output, and for the query, key and value that are `ahead` of it: few at a time, as only so much can
+ * be under way, and in the midst of multiply-adds, so that nobody waits. */
+void flash_look_ahead(FlashBlock *block);
+
 /* Writes out and lse = m + log l of each row; zeros and -inf for a row that saw no key. */
 void flash_finish(FlashBlock *block);
 
@@ -155,9 +161,10 @@ typedef struct {
 FlashView flash_view(const float *q, const float *k, const float *v, float *out, float *lse,
                      const AttentionShape *s);
 
-/* flash_begin() with the rows t0 <= t < t1 of a head, at most FLASH_ROWS; heads are counted over all batch entries. */
+/* flash_begin() with the rows t0 <= t < t1 of a head, at most FLASH_ROWS; heads are counted over all batch entries. The
+ * thread will probably begin with the rows from t0 + ahead on when it is done with these. */
 void flash_begin_in_view(FlashBlock *block, const FlashView *view, float *scratch, const AttentionShape *s,
-                         size_t head, int t0, int t1);
+                         size_t head, int t0, int t1, int ahead);
 
 /* The whole of attention over such views, in parallel; scratch: flash_view_scratch(s) floats. NKV = NH. */
 void flash_attention(const FlashView *view, float *scratch, const AttentionShape *s);

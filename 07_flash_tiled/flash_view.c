@@ -27,6 +27,21 @@ void flash_begin_rows(FlashBlock *block)
     }
 }
 
+void flash_look_ahead(FlashBlock *block)
+{
+    if (block->asked == block->rows)
+        return;
+    const FlashRow *row = &block->row[block->asked++];
+    const float *q = row->q + block->ahead * block->q_step;
+    size_t key = (row->t + block->s->key_tokens - block->s->tokens + block->ahead) * block->key_step;
+    for (int d = 0; d < block->s->head_size; d += 16) {
+        __builtin_prefetch(row->out + d, 1);
+        __builtin_prefetch(q + d, 0, 2);
+        __builtin_prefetch(block->k + key + d, 0, 2);
+        __builtin_prefetch(block->v + key + d, 0, 2);
+    }
+}
+
 /* Where tiles are cut: at any key, or at multiples of so many. */
 static int unit_of(const FlashBlock *block)
 {
@@ -160,7 +175,7 @@ size_t flash_view_scratch(const AttentionShape *s)
 }
 
 void flash_begin_in_view(FlashBlock *block, const FlashView *view, float *scratch, const AttentionShape *s,
-                         size_t head, int t0, int t1)
+                         size_t head, int t0, int t1, int ahead)
 {
     size_t b = head / s->heads, h = head % s->heads;
     size_t k_head = b * view->k_batch + h / (s->heads / s->kv_heads) * view->k_head;
@@ -171,6 +186,8 @@ void flash_begin_in_view(FlashBlock *block, const FlashView *view, float *scratc
                           .k = view->k + k_head,
                           .v = view->v + k_head,
                           .key_step = view->k_token,
+                          .ahead = ahead,
+                          .q_step = view->q_token,
                           .rows = t1 - t0};
     for (int t = t0; t < t1; t++)
         block->row[t - t0] = (FlashRow){
@@ -186,6 +203,7 @@ void flash_begin_in_view(FlashBlock *block, const FlashView *view, float *scratc
 void flash_attention(const FlashView *view, float *scratch, const AttentionShape *s)
 {
     FlashTeams teams = teams_of(s);
+    int ahead = flash_threads(&teams) * teams.blocks * FLASH_ROWS;
 #pragma omp parallel for schedule(dynamic) num_threads(flash_threads(&teams))
     for (size_t n = 0; n < teams.count; n++) {
         FlashBlock block[FLASH_TEAM], *team[FLASH_TEAM];
@@ -194,7 +212,7 @@ void flash_attention(const FlashView *view, float *scratch, const AttentionShape
         for (; blocks < teams.blocks && t < s->tokens; blocks++, t += FLASH_ROWS) {
             team[blocks] = &block[blocks];
             flash_begin_in_view(team[blocks], view, own + blocks * flash_scratch(s->head_size), s,
-                                n / teams.of_a_head, t, smaller(t + FLASH_ROWS, s->tokens));
+                                n / teams.of_a_head, t, smaller(t + FLASH_ROWS, s->tokens), ahead);
         }
         flash_attend_allowed(team, blocks);
         for (int i = 0; i < blocks; i++)

@@ -118,12 +118,34 @@ static bool bias_is_own(const AttentionShape *s)
            (stride[3] || chunks(s) == 1);
 }
 
-/* Rows from .. end - 1 become 0; returns the first row that has not. */
-static int clear_rows(float *rows, size_t step, int from, int end, const AttentionShape *s)
+static int chunk_key(const AttentionShape *s, int chunk)
 {
-    for (int row = from; row < end; row++)
-        memset(rows + row * step, 0, s->head_size * sizeof *rows);
-    return larger(from, end);
+    return chunk * flash_back_key_blocks(s) / chunks(s) * KEYS;
+}
+
+/* The first query from which on nobody sees a key of an earlier chunk: under a window most see but one. */
+static int first_own(const AttentionShape *s, int chunk)
+{
+    int low = 0, high = s->tokens, first, end;
+    if (chunk == chunks(s))
+        return high;
+    while (low < high) {
+        int middle = low + (high - low) / 2;
+        flash_bounds(s, 0, middle, &first, &end);
+        if (first < chunk_key(s, chunk))
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* Does the chunk keep a sum for query t that is added to an earlier chunk's? */
+static bool is_shared(const AttentionShape *s, int b, int t, int chunk)
+{
+    int first, end, key = chunk_key(s, chunk);
+    flash_bounds(s, b, t, &first, &end);
+    return first < key && key < end;
 }
 
 /* dk = dv = 0, for keys beyond the valid length too. */
@@ -131,43 +153,55 @@ static void clear_keys(const FlashBackBlock *x)
 {
     const FlashView *view = &x->g->view;
     size_t head = x->b * view->k_batch + x->kv_head * view->k_head;
-    int end = smaller(x->key + KEYS, x->s->key_tokens);
-    clear_rows(x->g->dk + head, view->k_token, x->key, end, x->s);
-    clear_rows(x->g->dv + head, view->k_token, x->key, end, x->s);
+    for (int key = x->key; key < smaller(x->key + KEYS, x->s->key_tokens); key++) {
+        memset(x->g->dk + head + key * view->k_token, 0, x->s->head_size * sizeof *x->g->dk);
+        memset(x->g->dv + head + key * view->k_token, 0, x->s->head_size * sizeof *x->g->dv);
+    }
 }
 
-/* Chunk number `chunk` of the keys of one key/value head, and all queries that read it. The first chunk adds up dq where the
- * caller wants it, the others in `partial`. */
+/* Where a chunk adds up dq of query t: its own where the caller wants it, others in `partial`. */
+static float *find_dq(FlashBackBlock *x, float *partial, int chunk, int own, int t)
+{
+    const FlashView *view = &x->g->view;
+    x->dq_token = t >= own ? view->q_token : (size_t)x->s->head_size;
+    if (t >= own)
+        return x->g->dq + x->b * view->q_batch + x->h * view->q_head + t * view->q_token;
+    return partial + (chunk - 1) * query_count(x->s) + query_row(x->s, x->b, x->h, t);
+}
+
+/* Of queries t .. end - 1 it becomes 0, if anyone reads it; returns the first query of which it has not. */
+static int clear_dq(FlashBackBlock *x, float *partial, int chunk, int own, int t, int end)
+{
+    for (; t < end; t++)
+        if (t >= own || is_shared(x->s, x->b, t, chunk))
+            memset(find_dq(x, partial, chunk, own, t), 0, x->s->head_size * sizeof *partial);
+    return t;
+}
+
+/* Chunk number `chunk` of the keys of one key/value head, and all queries that read it. */
 static void chunk_gradient(FlashBackBlock x, float *partial, float *scratch, int chunk)
 {
     const AttentionShape *s = x.s;
-    const FlashView *view = &x.g->view;
     int n = chunks(s), blocks = flash_back_key_blocks(s), group = s->heads / s->kv_heads;
-    int first_head = x.kv_head * group;
-    float *dq = x.g->dq + x.b * view->q_batch;
-    size_t head = view->q_head;
-    x.dq_token = view->q_token;
-    if (chunk > 0) {
-        dq = partial + (chunk - 1) * query_count(s) + query_row(s, x.b, 0, 0);
-        head = query_row(s, 0, 1, 0);
-        x.dq_token = s->head_size;
-    }
-    int first = chunk * blocks / n;
+    int first = chunk * blocks / n, first_head = x.kv_head * group;
+    int own = first_own(s, chunk), own_end = first_own(s, chunk + 1);
     for (int block = first; block < (chunk + 1) * blocks / n; block++) {
         flash_back_begin(&x, scratch, block);
         clear_keys(&x);
         for (x.h = first_head; x.h < first_head + group; x.h++) {
-            int cleared = block > first ? s->tokens : 0;
-            for (int t = 0; flash_back_next(&x, t); t = x.t + ROWS) {
-                x.dq = dq + x.h * head + x.t * x.dq_token;
+            int cleared = block > first ? own_end : 0;
+            for (int t = 0; flash_back_next(&x, t) && x.t < own_end; t = x.t + x.rows) {
+                x.rows = smaller(x.rows, (x.t < own ? own : own_end) - x.t);
+                x.dq = find_dq(&x, partial, chunk, own, x.t);
                 if (!flash_back_weigh(&x))
                     continue;
-                cleared = clear_rows(dq + x.h * head, x.dq_token, cleared, x.t + x.rows, s);
+                cleared = clear_dq(&x, partial, chunk, own, cleared, x.t + x.rows);
+                x.dq = find_dq(&x, partial, chunk, own, x.t);
                 flash_back_add(&x);
                 if (bias_is_own(s))
                     flash_back_add_bias(&x);
             }
-            clear_rows(dq + x.h * head, x.dq_token, cleared, s->tokens, s);
+            clear_dq(&x, partial, chunk, own, cleared, own_end);
         }
     }
 }
@@ -194,8 +228,9 @@ static void add_partials(const FlashBackward *g, const float *partial, const Att
         float *dq = g->dq + bh / s->heads * view->q_batch + bh % s->heads * view->q_head +
                     row % s->tokens * view->q_token;
         for (int chunk = 1; chunk < chunks(s); chunk++)
-            for (int d = 0; d < s->head_size; d++)
-                dq[d] += partial[(chunk - 1) * query_count(s) + row * s->head_size + d];
+            if (is_shared(s, (int)(bh / s->heads), (int)(row % s->tokens), chunk))
+                for (int d = 0; d < s->head_size; d++)
+                    dq[d] += partial[(chunk - 1) * query_count(s) + row * s->head_size + d];
     }
 }
 
@@ -207,6 +242,10 @@ static void row_deltas(float *delta, const FlashBackward *g, const AttentionShap
         size_t bh = row / s->tokens, at = bh / s->heads * view->out_batch + bh % s->heads * view->out_head +
                                           row % s->tokens * view->out_token;
         float sum = 0;
+        for (int d = 0; d < s->head_size; d += 16) {
+            __builtin_prefetch(g->dout + at + 16 * view->out_token + d);
+            __builtin_prefetch(view->out + at + 16 * view->out_token + d);
+        }
 #pragma omp simd reduction(+ : sum)
         for (int d = 0; d < s->head_size; d++)
             sum += g->dout[at + d] * view->out[at + d];

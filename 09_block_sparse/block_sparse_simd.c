@@ -67,6 +67,7 @@ size_t block_sparse_scratch(const AttentionShape *s)
 static void attend_view(const FlashView *view, float *scratch, const BlockMask *mask, const AttentionShape *s)
 {
     FlashTeams teams = teams_of(s);
+    int ahead = flash_threads(&teams) * smaller(s->block, teams.blocks * FLASH_ROWS);
 #pragma omp parallel for schedule(dynamic) num_threads(flash_threads(&teams))
     for (size_t n = 0; n < teams.count; n++) {
         size_t of_all = n / teams.of_a_head, bh = of_all / mask->query_blocks; /* the query block, the head */
@@ -79,7 +80,7 @@ static void attend_view(const FlashView *view, float *scratch, const BlockMask *
             Piece *x = &piece[pieces];
             *x = (Piece){.t0 = t, .t1 = smaller(t + FLASH_ROWS, end)};
             flash_begin_in_view(&x->block, view, own + pieces * flash_scratch(s->head_size), s, bh, x->t0,
-                                x->t1);
+                                x->t1, ahead);
         }
         const ListedBlock *list = block_list(mask, (int)(bh / s->heads), (int)(bh % s->heads), i, &listed);
         for (int j = 0; j < listed; j++)
