@@ -64,23 +64,29 @@ INLINE void score_tile(const FlashBlock *block, float *p, Vector top[VECTORS], i
     }
 }
 
-/* A row that has seen nothing yet started with m = 0, which may also be far too large for it. Random scores never get
- * beyond the first question; large ones do once or twice a row. */
+/* Is m too far from a row's largest score? A row that has seen nothing yet started with m = 0, which may also be far too
+ * large for it. (No && here: so all lanes are asked at once.) */
+INLINE bool outgrown(float above, float l)
+{
+    return (above > headroom) | ((l == 0) & (above < -headroom) & (above > -INFINITY));
+}
+
+/* Random scores never get beyond the first loop; large ones do once or twice a row. */
 bool flash_raise_maximum(FlashBlock *block, const Vector top[VECTORS], int from, int vectors)
 {
-    bool again = false;
-    for (int i = 0; i < vectors * LANES; i++) {
+    const float *above = (const float *)top, *l = block->l + from * LANES;
+    int again = 0;
+    for (int i = 0; i < vectors * LANES; i++)
+        again |= outgrown(above[i], l[i]);
+    for (int i = 0; again && i < vectors * LANES; i++) {
         int row = from * LANES + i;
-        float above = ((const float *)top)[i];
-        bool nothing_yet = block->l[row] == 0;
-        if (above <= headroom && (!nothing_yet || above >= -headroom || above == -INFINITY))
+        if (!outgrown(above[i], l[i]))
             continue;
-        float mend = nothing_yet ? 0 : exp2f(-above);
-        block->m[row] += above;
+        float mend = l[i] == 0 ? 0 : exp2f(-above[i]);
+        block->m[row] += above[i];
         block->l[row] *= mend;
         for (size_t d = 0; d < (size_t)block->s->head_size; d++)
             block->out_columns[d * FLASH_ROWS + row] *= mend;
-        again = true;
     }
     return again;
 }
