@@ -44,9 +44,8 @@ INLINE void score_tile(const FlashBlock *block, float *p, Vector top[VECTORS], i
             Vector c[TILE][VECTORS];
             EACH_VECTOR(i, j, vectors) {
                 c[i][j] = d ? (Vector){0} : -m[j];
-                if (ask && !d)
-                    c[i][j] +=
-                        scores[i * VECTORS + j]; /* first: a mask of -1e9 less m leaves room for the score */
+                if (ask && !d) /* first: a mask of -1e9 less m leaves room for the score */
+                    c[i][j] += scores[i * VECTORS + j];
             }
             multiply_add(c, vectors, k, 1, block->q_columns + d * FLASH_ROWS + from * LANES, FLASH_ROWS,
                          smaller(SHORT_SUM, HS - d));
@@ -64,29 +63,28 @@ INLINE void score_tile(const FlashBlock *block, float *p, Vector top[VECTORS], i
     }
 }
 
-/* Is m too far from a row's largest score? A row that has seen nothing yet started with m = 0, which may also be far too
- * large for it. (No && here: so all lanes are asked at once.) */
+/* Must m move? A row that has seen nothing yet started with m = 0, which may also be far too large for it. */
 INLINE bool outgrown(float above, float l)
 {
     return (above > headroom) | ((l == 0) & (above < -headroom) & (above > -INFINITY));
 }
 
-/* Random scores never get beyond the first loop; large ones do once or twice a row. */
+/* Random scores never get beyond the first loop, which asks all lanes at once; large ones do once or twice a row. */
 bool flash_raise_maximum(FlashBlock *block, const Vector top[VECTORS], int from, int vectors)
 {
-    const float *above = (const float *)top, *l = block->l + from * LANES;
+    const float *above = (const float *)top;
+    float *m = block->m + from * LANES, *l = block->l + from * LANES;
     int again = 0;
     for (int i = 0; i < vectors * LANES; i++)
         again |= outgrown(above[i], l[i]);
     for (int i = 0; again && i < vectors * LANES; i++) {
-        int row = from * LANES + i;
         if (!outgrown(above[i], l[i]))
             continue;
         float mend = l[i] == 0 ? 0 : exp2f(-above[i]);
-        block->m[row] += above[i];
-        block->l[row] *= mend;
-        for (size_t d = 0; d < (size_t)block->s->head_size; d++)
-            block->out_columns[d * FLASH_ROWS + row] *= mend;
+        m[i] += above[i];
+        l[i] *= mend;
+        for (int d = 0; d < block->s->head_size; d++)
+            block->out_columns[d * FLASH_ROWS + from * LANES + i] *= mend;
     }
     return again;
 }
