@@ -36,12 +36,11 @@ INLINE void score_tile(const FlashBlock *block, float *p, Vector top[VECTORS], i
         flash_ask(block, p, key, keys, from, vectors);
     for (int i0 = 0; i0 < keys; i0 += TILE) {
         Vector *scores = (Vector *)(p + i0 * FLASH_ROWS) + from;
-        const float *k[TILE]; /* past the last key: the last again, which flash_ask() forbids */
-        for (int i = 0; i < TILE; i++)
-            k[i] = block->k + (size_t)(key + smaller(i0 + i, keys - 1)) * block->key_step;
-
         for (int d = 0; d < HS; d += SHORT_SUM) {
             Vector c[TILE][VECTORS];
+            const float *k[TILE]; /* past the last key: the last again, which flash_ask() forbids */
+            for (int i = 0; i < TILE; i++)
+                k[i] = block->k + (size_t)(key + smaller(i0 + i, keys - 1)) * block->key_step + d;
             EACH_VECTOR(i, j, vectors) {
                 c[i][j] = d ? (Vector){0} : -m[j];
                 if (ask && !d) /* first: a mask of -1e9 less m leaves room for the score */
@@ -55,8 +54,6 @@ INLINE void score_tile(const FlashBlock *block, float *p, Vector top[VECTORS], i
                     x += *at;
                 *at = ask ? vector_select(*at == -INFINITY, *at, x) : x;
             }
-            for (int i = 0; i < TILE; i++)
-                k[i] += SHORT_SUM;
         }
         EACH_VECTOR(i, j, vectors)
             top[j] = vector_max(scores[i * VECTORS + j], top[j]);
@@ -136,8 +133,10 @@ INLINE void attend_tile(FlashBlock *block, int key, int keys, bool ask, int from
         flash_drop_out(block, p, key, keys, from, vectors);
     add_values(block, p, key, keys, from, vectors);
     for (int end = smaller(block->asked + TILE, block->rows); block->asked < end; block->asked++)
-        for (int d = 0; d < block->s->head_size; d += 16)
+        for (int d = 0; d < block->s->head_size; d += 16) {
             __builtin_prefetch(block->row[block->asked].out + d, 1);
+            __builtin_prefetch(block->row[block->asked].q + block->to_next + d, 0, 2);
+        }
 }
 
 void flash_attend_tile(FlashBlock *block, int key, int keys, bool ask, int from, int vectors)
@@ -197,7 +196,5 @@ void flash_finish(FlashBlock *block)
         }
     for (int r = 0; r < block->rows; r++)
         if (block->row[r].lse)
-            *block->row[r].lse =
-                block->l[r] == 0 ? -INFINITY
-                                 : (float)((block->m[r] + log2((double)block->l[r])) / 1.4426950408889634);
+            *block->row[r].lse = (float)((block->m[r] + log2(block->l[r])) / 1.4426950408889634);
 }

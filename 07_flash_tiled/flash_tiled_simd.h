@@ -57,8 +57,9 @@ struct FlashBlock {
     _Alignas(64) float l[FLASH_ROWS]; /* the sum of the weights so far; 0: nothing to attend to yet */
     _Alignas(64) int first[FLASH_ROWS]; /* a row sees no key outside first <= t2 < end */
     _Alignas(64) int end[FLASH_ROWS];
-    bool one_run;   /* each row sees every key from its first to its end, if there is no bias */
-    int asked;      /* memory has been asked for the outputs of so many rows */
+    bool one_run; /* each row sees every key from its first to its end, if there is no bias */
+    int asked; /* memory has been asked for so many rows: what of the output will be written, and to_next */
+    size_t to_next; /* from a query to the one that this thread probably has next in its place; 0: unknown */
     FlashSpan left; /* the keys that flash_attend_allowed() has yet to attend to */
 
     /* NULL; bf16: what does a tile in flash_attend_tile()'s place. Its tiles begin at a multiple of `unit` keys; without `ask`

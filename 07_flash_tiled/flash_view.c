@@ -195,6 +195,7 @@ void flash_attention(const FlashView *view, float *scratch, const AttentionShape
             team[blocks] = &block[blocks];
             flash_begin_in_view(team[blocks], view, own + blocks * flash_scratch(s->head_size), s,
                                 n / teams.of_a_head, t, smaller(t + FLASH_ROWS, s->tokens));
+            block[blocks].to_next = view->q_token * flash_threads(&teams) * teams.blocks * FLASH_ROWS;
         }
         flash_attend_allowed(team, blocks);
         for (int i = 0; i < blocks; i++)
