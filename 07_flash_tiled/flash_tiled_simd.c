@@ -36,17 +36,15 @@ INLINE void score_tile(const FlashBlock *block, float *p, Vector top[VECTORS], i
         flash_ask(block, p, key, keys, from, vectors);
     for (int i0 = 0; i0 < keys; i0 += TILE) {
         Vector *scores = (Vector *)(p + i0 * FLASH_ROWS) + from;
-        const float *k[TILE]; /* past the last key: the last again, which flash_ask() forbids */
-        for (int i = 0; i < TILE; i++)
-            k[i] = block->k + (size_t)(key + smaller(i0 + i, keys - 1)) * block->key_step;
-
         for (int d = 0; d < HS; d += SHORT_SUM) {
             Vector c[TILE][VECTORS];
+            const float *k[TILE]; /* past the last key: the last again, which flash_ask() forbids */
+            for (int i = 0; i < TILE; i++)
+                k[i] = block->k + (size_t)(key + smaller(i0 + i, keys - 1)) * block->key_step + d;
             EACH_VECTOR(i, j, vectors) {
                 c[i][j] = d ? (Vector){0} : -m[j];
-                if (ask && !d)
-                    c[i][j] +=
-                        scores[i * VECTORS + j]; /* first: a mask of -1e9 less m leaves room for the score */
+                if (ask && !d) /* first: a mask of -1e9 less m leaves room for the score */
+                    c[i][j] += scores[i * VECTORS + j];
             }
             multiply_add(c, vectors, k, 1, block->q_columns + d * FLASH_ROWS + from * LANES, FLASH_ROWS,
                          smaller(SHORT_SUM, HS - d));
@@ -56,34 +54,34 @@ INLINE void score_tile(const FlashBlock *block, float *p, Vector top[VECTORS], i
                     x += *at;
                 *at = ask ? vector_select(*at == -INFINITY, *at, x) : x;
             }
-            for (int i = 0; i < TILE; i++)
-                k[i] += SHORT_SUM;
         }
         EACH_VECTOR(i, j, vectors)
             top[j] = vector_max(scores[i * VECTORS + j], top[j]);
     }
 }
 
-/* A row that has seen nothing yet started with m = 0, which may also be far too large for it. Random scores never get
- * beyond the first question, which whole vectors are asked; large ones do once or twice a row. */
+/* Must m move? A row that has seen nothing yet started with m = 0, which may also be far too large for it. */
+INLINE bool outgrown(float above, float l)
+{
+    return (above > headroom) | ((l == 0) & (above < -headroom) & (above > -INFINITY));
+}
+
+/* Random scores never get beyond the first loop, which asks all lanes at once; large ones do once or twice a row. */
 bool flash_raise_maximum(FlashBlock *block, const Vector top[VECTORS], int from, int vectors)
 {
-    const Vector *l = (const Vector *)block->l + from;
-    IntVector outgrown[VECTORS];
+    const float *above = (const float *)top;
+    float *m = block->m + from * LANES, *l = block->l + from * LANES;
     int again = 0;
-    for (int j = 0; j < vectors; j++)
-        outgrown[j] = ~(top[j] <= headroom) | ((l[j] == 0) & (top[j] < -headroom) & (top[j] != -INFINITY));
     for (int i = 0; i < vectors * LANES; i++)
-        again |= ((const int *)outgrown)[i];
+        again |= outgrown(above[i], l[i]);
     for (int i = 0; again && i < vectors * LANES; i++) {
-        int row = from * LANES + i;
-        if (!((const int *)outgrown)[i])
+        if (!outgrown(above[i], l[i]))
             continue;
-        float above = ((const float *)top)[i], mend = block->l[row] == 0 ? 0 : exp2f(-above);
-        block->m[row] += above;
-        block->l[row] *= mend;
-        for (size_t d = 0; d < (size_t)block->s->head_size; d++)
-            block->out_columns[d * FLASH_ROWS + row] *= mend;
+        float mend = l[i] == 0 ? 0 : exp2f(-above[i]);
+        m[i] += above[i];
+        l[i] *= mend;
+        for (int d = 0; d < block->s->head_size; d++)
+            block->out_columns[d * FLASH_ROWS + from * LANES + i] *= mend;
     }
     return again;
 }
@@ -194,7 +192,5 @@ void flash_finish(FlashBlock *block)
         }
     for (int r = 0; r < block->rows; r++)
         if (block->row[r].lse)
-            *block->row[r].lse =
-                block->l[r] == 0 ? -INFINITY
-                                 : (float)((block->m[r] + log2((double)block->l[r])) / 1.4426950408889634);
+            *block->row[r].lse = (float)((block->m[r] + log2(block->l[r])) / 1.4426950408889634);
 }

@@ -42,10 +42,10 @@ void flash_look_ahead(FlashBlock *block)
     }
 }
 
-/* Where tiles are cut: at any key, or at multiples of so many. */
+/* Tiles are cut at multiples of so many keys. */
 static int unit_of(const FlashBlock *block)
 {
-    return block->attend_pairs ? block->unit : 1;
+    return block->attend_pairs ? block->unit : TILE;
 }
 static int round_down(int n, int unit)
 {

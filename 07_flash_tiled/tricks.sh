@@ -29,8 +29,8 @@ trick copies 'keys and values are copied before they are used' \
     'lanes are queries, so keys and values are broadcast number by number from where they lie'
 edit flash_tiled_simd.c 'const float *k[TILE];' 'float copy[TILE * HS];
         const float *k[TILE];'
-edit flash_tiled_simd.c 'k[i] = block->k + (size_t)(key + smaller(i0 + i, keys - 1)) * block->key_step;' \
-    'k[i] = memcpy(copy + i * HS, block->k + (size_t)(key + smaller(i0 + i, keys - 1)) * block->key_step, HS * sizeof *copy);'
+edit flash_tiled_simd.c 'k[i] = block->k + (size_t)(key + smaller(i0 + i, keys - 1)) * block->key_step + d;' \
+    'k[i] = d + (float *)memcpy(copy + i * HS, block->k + (size_t)(key + smaller(i0 + i, keys - 1)) * block->key_step, HS * sizeof *copy);'
 edit flash_tiled_simd.c 'for (int d = 0; d < HS; d += TILE) {' 'float copy[FLASH_KEYS * HS];
     for (int i = 0; i < keys; i++)
         memcpy(copy + i * HS, block->v + (size_t)(key + i) * block->key_step, HS * sizeof *copy);

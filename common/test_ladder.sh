@@ -34,7 +34,7 @@ wrong "edit vectors.h 'Vector' ''"
 expect "exit code where an edit finds many places" $? 1
 wrong
 expect "exit code without an edit" $? 1
-wrong "edit vectors.h '6.931472057e-1f' '6.8e-1f'"
+wrong "edit vectors.h '1.44269504f' '1.4f'"
 expect "exit code of a wrong result" $? 1
 expect "what it says" "$(grep -c '^error: .*ladder/wrong/run --bench .* ended with 1' "$tmp/err")" 2
 rm -r "$build/ladder/quick" "$build/ladder/wrong"

@@ -86,27 +86,32 @@ static inline Vector vector_max(Vector a, Vector b)
 
 static const float log2e = 1.44269504f; /* e^x = 2^(log2e x) */
 
-/* 2^x for x <= 127: the nearest integer n goes into the exponent, a polynomial of degree 6 (minimax, 2e-9)
- * takes the rest. Below -150 the result is exactly 0, for -inf too; NaN stays NaN. Adding 1.5 * 2^23 leaves
- * no room for a fraction: the sum's low bits are n. */
+/* 2^x for x <= 127: an integer n goes into the exponent, a polynomial of degree 6 (minimax, 2e-9 around the nearest
+ * integer) takes the rest. Below -150 the result is exactly 0, for -inf too; NaN stays NaN. AVX-512 has the fraction
+ * above the next lower integer by itself, and 2 to the power of that integer. Elsewhere adding 1.5 * 2^23 leaves no room
+ * for a fraction: the sum's low bits are n. */
 INLINE Vector exp2_vector(Vector x)
 {
+#ifdef __AVX512F__
+    Vector f = (Vector)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF); /* 0 .. 1 */
+    Vector p = 2.161292120e-4f * f + 1.246784478e-3f;
+    p = p * f + 9.675451730e-3f;
+    p = p * f + 5.548528055e-2f;
+    p = p * f + 2.402293056e-1f;
+    p = p * f + 6.931470444e-1f;
+    p = p * f + 1.0f;
+    return (Vector)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
     const float shift = 12582912.0f;
-#ifndef __AVX512F__
     x = vector_max((Vector){0} - 127.0f, x);
-#endif
-    Vector shifted = x + shift;
-    Vector n = shifted - shift, f = x - n;
+    Vector n = x + shift, f = x - (n - shift); /* -1/2 .. 1/2 */
     Vector p = 1.534581201e-4f * f + 1.339993122e-3f;
     p = p * f + 9.618488957e-3f;
     p = p * f + 5.550328777e-2f;
     p = p * f + 2.402264689e-1f;
     p = p * f + 6.931472057e-1f;
     p = p * f + 1.0f;
-#ifdef __AVX512F__
-    return (Vector)_mm512_scalef_ps((__m512)p, (__m512)n); /* p * 2^n, and 0 for n = -inf whatever p is */
-#else
-    return p * (Vector)(((IntVector)shifted + 127) << 23);
+    return p * (Vector)(((IntVector)n + 127) << 23);
 #endif
 }
 
