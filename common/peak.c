@@ -13,9 +13,15 @@ enum { CHAINS = 12 };
 
 enum { STEPS = 4096 };
 
+#if defined(__clang__) && defined(__AVX512F__) /* it takes vectors in two halves, unless it is told */
+#define WHOLE_VECTORS __attribute__((min_vector_width(512)))
+#else
+#define WHOLE_VECTORS
+#endif
+
 /* STEPS multiply-adds on each of CHAINS vectors; returns how many operations that is. The sums settle at 1: nothing
  * overflows, nothing becomes denormal. */
-static __attribute__((noinline)) double multiply_adds(Vector *sums)
+WHOLE_VECTORS static __attribute__((noinline)) double multiply_adds(Vector *sums)
 {
     const Vector half = (Vector){0} + 0.5f;
     Vector c[CHAINS];
