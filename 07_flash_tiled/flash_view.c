@@ -33,7 +33,8 @@ void flash_look_ahead(FlashBlock *block)
         return;
     const FlashRow *row = &block->row[block->asked++];
     const float *q = row->q + block->ahead * block->q_step;
-    size_t key = (row->t + block->s->key_tokens - block->s->tokens + block->ahead) * block->key_step;
+    int place = row->t + block->s->key_tokens - block->s->tokens + block->ahead;
+    size_t key = larger(0, place) * block->key_step;
     for (int d = 0; d < block->s->head_size; d += 16) {
         __builtin_prefetch(row->out + d, 1);
         __builtin_prefetch(q + d, 0, 2);
