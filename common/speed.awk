@@ -49,7 +49,7 @@ FNR == 1 {
     add(name "-ms", time)
     if (get("percent_of_peak") > 0)
         add("peak", 100 * get("gflops") / get("percent_of_peak"))
-    if ("percent_of_bandwidth" in at)
+    if (get("percent_of_bandwidth") != "")
         add(name "-bandwidth", get("percent_of_bandwidth"))
     for (s = 1; s <= 2; s++)
         if ((name, round, sets[s]) in ms) {

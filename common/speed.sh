@@ -183,13 +183,16 @@ steps_of "ours installed forced" 99 "$groups tokens" | awk -F '\t' -v OFS='\t' -
         file = folder "/" $1 (set == "ours" ? ".tsv" : ".refused")
         if (set == "ours") {
             if ((getline header < file) > 0 && (getline row < file) > 0) {
+                reading = ""
+                getline reading < (folder "/" $1 ".reading")
                 if (!ours++)
-                    print header, "case", "round" > (folder "/ours.tsv")
-                print row, name, round > (folder "/ours.tsv")
+                    print header, "percent_of_bandwidth", "case", "round" > (folder "/ours.tsv")
+                print row, reading, name, round > (folder "/ours.tsv")
                 machine = row
                 sub(/\t.*/, "", machine)
             }
             close(file)
+            close(folder "/" $1 ".reading")
             next
         }
         reason = row = ""

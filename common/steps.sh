@@ -14,7 +14,8 @@ terminal=no
 [ -t 1 ] && terminal=yes
 status=0
 
-# walk_rows NAME CHAPTER OPTIONS..: leaves rows in NAME.tsv, or in NAME.refused the reason in one line
+# walk_rows NAME CHAPTER OPTIONS..: leaves rows in NAME.tsv, or in NAME.refused the reason in one line; the percent of the reading
+# speed, which people are told and which is no column, in NAME.reading
 walk_rows() {
     file=$folder/$1 program=$build/$2/run
     shift 2
@@ -23,6 +24,8 @@ walk_rows() {
     "$program" "$@" --tsv "$file.new" > "$file.log" 2>&1
     code=$?
     if [ $code = 0 ] && [ -f "$file.new" ]; then
+        sed -n 's/.*, \([0-9]*\)% of reading.*/\1/p' "$file.log" > "$file.reading"
+        [ -s "$file.reading" ] || rm "$file.reading"
         mv "$file.new" "$file.tsv"
     elif [ $code = 3 ]; then
         sed -n 's/^error: kernel [^ ]* //p' "$file.log" > "$file.refused"
