@@ -16,12 +16,16 @@ typedef uint64_t WideVector __attribute__((vector_size(LANES * sizeof(float)), m
 static inline __attribute__((always_inline)) void multiply_wide(WordVector *high, WordVector *low,
                                                                 WordVector a, uint32_t factor)
 {
-    const uint64_t lower = 0xFFFFFFFF;
 #if defined(__AVX512F__)
+    /* Lanes change places on the port that multiplies least: shifts would wait for the products. */
     __m512i factors = _mm512_set1_epi32((int)factor);
-    WideVector even = (WideVector)_mm512_mul_epu32((__m512i)a, factors);
-    WideVector odd = (WideVector)_mm512_mul_epu32((__m512i)((WideVector)a >> 32), factors);
-#elif defined(__AVX2__)
+    __m512i even = _mm512_mul_epu32((__m512i)a, factors);
+    __m512i odd = _mm512_mul_epu32(_mm512_shuffle_epi32((__m512i)a, _MM_PERM_DDBB), factors);
+    *low = (WordVector)_mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA);
+    *high = (WordVector)_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
+#else
+    const uint64_t lower = 0xFFFFFFFF;
+#if defined(__AVX2__)
     __m256i factors = _mm256_set1_epi32((int)factor);
     WideVector even = (WideVector)_mm256_mul_epu32((__m256i)a, factors);
     WideVector odd = (WideVector)_mm256_mul_epu32((__m256i)((WideVector)a >> 32), factors);
@@ -31,6 +35,7 @@ static inline __attribute__((always_inline)) void multiply_wide(WordVector *high
 #endif
     *low = (WordVector)((even & lower) | (odd << 32));
     *high = (WordVector)((even >> 32) | (odd & ~lower));
+#endif
 }
 
 /* word[i]: for the key 4 * four + i of row `row` (its lower and upper 32 bits). */

@@ -56,6 +56,7 @@ static void add_bias(const FlashBlock *block, float *terms, int key, int keys, i
         for (int r = 0; r < LANES && j * LANES + r < block->rows; r++) {
             const FlashRow *row = &block->row[j * LANES + r];
             const float *from = bias_row(s, block->b, row->h, row->t) + (key + i0) * step;
+            __builtin_prefetch(from + FLASH_KEYS * step, 0, 2); /* the next tile's */
             if (step == 1)
                 bias[r] = load_first(from, n);
             else
