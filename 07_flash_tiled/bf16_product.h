@@ -5,9 +5,9 @@
  *   c   (PANEL, vectors): row i, some vectors, at c + i * c_row
  *   n   pairs that are summed over, a multiple of DEEP
  *
- * All between tiles_begin() and tiles_end(). A processor with tile registers (AMX) has one instruction for 16 rows by 16 lanes by 16 pairs: 8192 multiply-adds in 16
- * cycles. c and a are then 16 rows of a tile each, b is 16 pairs of 16 lanes. Any other takes TILE rows of sums into vector
- * registers, as multiply_add() of vectors.h does, and broadcasts pair by pair. */
+ * All between tiles_begin() and tiles_end(). A processor with tile registers (AMX) has one instruction for 16 rows by 16
+ * lanes by 16 pairs: 8192 multiply-adds in 16 cycles. c and a are then 16 rows of a tile each, b is 16 pairs of 16 lanes. Any
+ * other takes TILE rows of sums into vector registers, as multiply_add() of vectors.h does, and broadcasts pair by pair. */
 #ifndef BF16_PRODUCT_H
 #define BF16_PRODUCT_H
 
