@@ -148,30 +148,17 @@ INLINE void store_row(Bf16 *row, Vector x, int n)
 
 /* ---- Powers of two ---- */
 
-/* 2^x for x <= 127, as exp2_vector() of vectors.h with a term less: relative error 1.5e-7. Below -150 exactly 0, NaN stays
- * NaN. AVX-512 has the fraction above the next lower integer by itself (0 for -inf, and nothing to clamp), and 2 to the power of
- * that integer. */
+/* exp2_vector() of vectors.h with a term less: relative error 1.5e-7. */
 INLINE Vector exp2_short(Vector x)
 {
 #ifdef __AVX512F__
-    Vector f = (Vector)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF); /* 0 .. 1 */
-    Vector p = 1.867130703e-3f * f + 9.017028957e-3f;
-    p = p * f + 5.579991411e-2f;
-    p = p * f + 2.401644499e-1f;
-    p = p * f + 6.931513118e-1f;
-    p = p * f + 1.0f;
-    return (Vector)_mm512_scalef_ps((__m512)p, (__m512)x);
+    static const float term[] = {1.867130703e-3f, 9.017028957e-3f, 5.579991411e-2f,
+                                 2.401644499e-1f, 6.931513118e-1f, 1.0f};
 #else
-    const float shift = 12582912.0f;
-    x = vector_max((Vector){0} - 127.0f, x);
-    Vector n = x + shift, f = x - (n - shift); /* -1/2 .. 1/2; the low bits of n are the integer */
-    Vector p = 1.326472721e-3f * f + 9.671512812e-3f;
-    p = p * f + 5.550733745e-2f;
-    p = p * f + 2.402224208e-1f;
-    p = p * f + 6.931469776e-1f;
-    p = p * f + 1.0f;
-    return p * (Vector)(((IntVector)n + 127) << 23);
+    static const float term[] = {1.326472721e-3f, 9.671512812e-3f, 5.550733745e-2f,
+                                 2.402224208e-1f, 6.931469776e-1f, 1.0f};
 #endif
+    return exp2_polynomial(x, term, 5);
 }
 
 #endif
