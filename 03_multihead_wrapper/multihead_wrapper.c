@@ -10,27 +10,10 @@
  * its own last row and with no others, so that nearly half of the T x T scores are never computed. */
 enum { BLOCK = 128 };
 
-/* The largest of n numbers. Sixteen maxima side by side, so that the loop becomes vector instructions. */
-static float largest(const float *x, int n)
-{
-    float most[16], m = -INFINITY;
-    int i = 0;
-    for (int j = 0; j < 16; j++)
-        most[j] = -INFINITY;
-    for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; j++)
-            most[j] = x[i + j] > most[j] ? x[i + j] : most[j];
-    for (int j = 0; j < 16; j++)
-        m = most[j] > m ? most[j] : m;
-    for (; i < n; i++)
-        m = x[i] > m ? x[i] : m;
-    return m;
-}
-
 /* Softmax in place over the first n of a row's T scores; the rest, which the row may not see, become 0. */
 static void softmax_row(float *row, int n, int T)
 {
-    float m = largest(row, n), l = 0;
+    float m = largest_of(row, n), l = 0;
 #pragma omp simd reduction(+ : l)
     for (int t2 = 0; t2 < n; t2++) {
         row[t2] = fast_exp(row[t2] - m);

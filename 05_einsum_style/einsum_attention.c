@@ -5,24 +5,12 @@
 #include <math.h>
 #include <string.h>
 
-/* Softmax in place over the first `keys` of a row's T scores, which it scales; the rest become 0. Sixteen
- * maxima stand side by side, and `omp simd` lets the sum run in as many lanes, so that both are vector
- * instructions. A NaN is never the largest, but its exponential makes the sum NaN, and so the whole row. */
+/* Softmax in place over the first `keys` of a row's T scores, which it scales; the rest become 0. `omp simd` lets the
+ * sum run in several lanes, so that it is vector instructions. A NaN is never the largest, but its exponential makes
+ * the sum NaN, and so the whole row. */
 static void softmax_row(float *row, int keys, int T, float scale)
 {
-    enum { LANES = 16 };
-    float lane[LANES], largest = -INFINITY, sum = 0;
-    for (int i = 0; i < LANES; i++)
-        lane[i] = -INFINITY;
-    int whole = keys - keys % LANES;
-    for (int t2 = 0; t2 < whole; t2 += LANES)
-        for (int i = 0; i < LANES; i++)
-            lane[i] = row[t2 + i] > lane[i] ? row[t2 + i] : lane[i];
-    for (int i = 0; i < LANES; i++)
-        largest = lane[i] > largest ? lane[i] : largest;
-    for (int t2 = whole; t2 < keys; t2++)
-        largest = row[t2] > largest ? row[t2] : largest;
-
+    float largest = largest_of(row, keys), sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int t2 = 0; t2 < keys; t2++) {
         row[t2] = fast_exp(scale * (row[t2] - largest));

@@ -13,30 +13,11 @@
 /* Rows of the matrix to a task: few enough to stay in a cache, enough for a fast product. */
 enum { BLOCK_ROWS = 128 };
 
-/* 32 running maxima side by side, so that they are vectors; then the largest of them. */
-static float largest(const float *row, int n)
-{
-    float lane[32];
-    for (int j = 0; j < 32; j++)
-        lane[j] = -INFINITY;
-    int i = 0;
-    for (; i + 32 <= n; i += 32) {
-#pragma omp simd
-        for (int j = 0; j < 32; j++)
-            lane[j] = row[i + j] > lane[j] ? row[i + j] : lane[j];
-    }
-    for (; i < n; i++)
-        lane[0] = row[i] > lane[0] ? row[i] : lane[0];
-    for (int j = 1; j < 32; j++)
-        lane[0] = lane[j] > lane[0] ? lane[j] : lane[0];
-    return lane[0];
-}
-
 /* Softmax over row[0 .. n), in place; returns log(sum(exp(row))). Subtracting the largest score changes
  * nothing, as it cancels, but keeps every exp() at 1 or below. */
 static float softmax_of(float *row, int n)
 {
-    float m = largest(row, n);
+    float m = largest_of(row, n);
     if (m == -INFINITY)
         m = 0; /* nothing is allowed: -inf - -inf would be NaN, and exp(-inf - 0) is 0 */
 

@@ -10,23 +10,6 @@
 
 /* ---- With the matrix: chapter 6's three steps, each over all T x TK scores. ---- */
 
-/* 16 maxima side by side, so that they are a vector; then the largest of them. */
-static float largest(const float *row, int n)
-{
-    float lane[16];
-    int i = 0;
-    for (int j = 0; j < 16; j++)
-        lane[j] = -INFINITY;
-    for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; j++)
-            lane[j] = row[i + j] > lane[j] ? row[i + j] : lane[j];
-    for (; i < n; i++)
-        lane[0] = row[i] > lane[0] ? row[i] : lane[0];
-    for (int j = 1; j < 16; j++)
-        lane[0] = lane[j] > lane[0] ? lane[j] : lane[0];
-    return lane[0];
-}
-
 /* Masks and normalises one row of scores in place; returns its lse. Keys from keys_end() on weigh nothing. */
 static float softmax_row(float *row, const AttentionShape *s, int b, int h, int t)
 {
@@ -37,7 +20,7 @@ static float softmax_row(float *row, const AttentionShape *s, int b, int h, int 
     for (int t2 = 0; !end_says_all && t2 < end; t2++)
         row[t2] = attends(s, b, h, t, t2) ? row[t2] : -INFINITY;
 
-    float m = largest(row, end), l = 0;
+    float m = largest_of(row, end), l = 0;
     float subtract = m == -INFINITY ? 0 : m; /* nothing allowed: -inf - -inf would be NaN */
 #pragma omp simd reduction(+ : l)
     for (int t2 = 0; t2 < end; t2++) {

@@ -39,14 +39,13 @@ static void write_mask(float *mask, const AttentionShape *s)
 /* Adds mask and bias to a row of scores and normalises it in place; returns its lse. */
 static float softmax_row(float *row, const float *mask, const AttentionShape *s, int b, int h, int t)
 {
-    float m = -INFINITY, l = 0;
     if (s->bias)
         for (int t2 = 0; t2 < s->key_tokens; t2++)
             row[t2] += bias_at(s, b, h, t, t2);
-    for (int t2 = 0; t2 < s->key_tokens; t2++) {
+    for (int t2 = 0; t2 < s->key_tokens; t2++)
         row[t2] += mask[t2];
-        m = row[t2] > m ? row[t2] : m;
-    }
+
+    float m = largest_of(row, s->key_tokens), l = 0;
     if (m == -INFINITY)
         m = 0; /* nothing allowed: -inf - -inf would be NaN, and exp(-inf - 0) is 0 */
 #pragma omp simd reduction(+ : l)

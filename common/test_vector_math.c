@@ -1,4 +1,4 @@
-/* fast_exp and exp2_vector against the math library in double; fast_exp in loops that the compiler may turn into vectors. */
+/* largest_of; fast_exp and exp2_vector against the math library in double; fast_exp in loops that the compiler may turn into vectors. */
 #include "vector_math.h"
 #include "vectors.h"
 
@@ -6,6 +6,24 @@
 #include <math.h>
 
 enum { MANY = 1 << 16 };
+
+Test(vector_math, largest_of_finds_it_wherever_it_is)
+{
+    float x[70] = {0};
+    cr_assert(largest_of(x, 0) == -INFINITY);
+    for (int n = 1; n <= 70; n++)
+        for (int at = 0; at < n; at++) {
+            for (int i = 0; i < n; i++)
+                x[i] = i % 3 == 0 ? -INFINITY : -5.0f - i;
+            if (n > 1)
+                x[(at + 1) % n] = NAN;
+            x[at] = -4;
+            cr_assert(largest_of(x, n) == -4, "number %d of %d", at, n);
+        }
+    for (int i = 0; i < 70; i++)
+        x[i] = -INFINITY;
+    cr_assert(largest_of(x, 70) == -INFINITY);
+}
 
 static void exp_of_many(float *out, const float *x, int n)
 {

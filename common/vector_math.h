@@ -1,5 +1,6 @@
-/* exp for loops that the compiler turns into vectors: branch-free, no table, no call.
+/* What a softmax needs of its rows, in vectors: the largest score, and exp.
  *
+ * fast_exp is for loops that the compiler turns into vectors: branch-free, no table, no call.
  * The math library's expf is correct to half a unit in the last place but is one call a number; a softmax
  * over millions of scores then waits for it. This one rounds x / log 2 to an integer n, takes a polynomial of
  * degree 6 for the rest (|f| <= 1/2) and shifts n into the exponent: within 1.2 units in the last place.
@@ -9,6 +10,9 @@
 
 #include <stdint.h>
 #include <string.h>
+
+/* The largest of n numbers; -inf where n is 0. A NaN is never the largest. */
+float largest_of(const float *x, int n);
 
 /* e^x for x <= 88. Below -87 the result is exactly 0 (e^-inf among them), so that a masked score weighs
  * nothing; NaN stays NaN. */
