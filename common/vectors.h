@@ -50,6 +50,14 @@ enum {
 #define EACH_VECTOR(i, j, vectors)                                                                           \
     UNROLL for (int i = 0; i < TILE; i++) UNROLL for (int j = 0; j < VECTORS; j++) if (j < (vectors))
 
+/* clang likes to broadcast a number for each row before it uses the first, and runs out of registers. It moves no load across
+ * a statement that it cannot look into. */
+#if defined(__clang__)
+#define KEEP_ORDER __asm__ volatile("")
+#else
+#define KEEP_ORDER (void)0
+#endif
+
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), may_alias));
 typedef int32_t IntVector __attribute__((vector_size(LANES * sizeof(float)), may_alias));
 
@@ -199,8 +207,13 @@ INLINE void multiply_add_ahead(Vector c[TILE][VECTORS], int vectors, const float
     for (int k = 0; k < n; k++, b += b_step) {
         if (ahead)
             __builtin_prefetch(ahead + k * a_step, 0, 2);
-        EACH_VECTOR(i, j, vectors)
-            c[i][j] += a[i][k * a_step] * ((const Vector *)b)[j];
+        Vector row[VECTORS];
+        UNROLL for (int j = 0; j < VECTORS; j++) if (j < vectors) row[j] = ((const Vector *)b)[j];
+        EACH_VECTOR(i, j, vectors) {
+            if (j == 0)
+                KEEP_ORDER;
+            c[i][j] += a[i][k * a_step] * row[j];
+        }
     }
 }
 INLINE void multiply_add(Vector c[TILE][VECTORS], int vectors, const float *const a[TILE], size_t a_step,
