@@ -4,14 +4,11 @@
 #include "memory.h"
 #include "narrow.h"
 #include "run.h"
+#include "threads.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
 #include <stdlib.h>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 extern const Chapter chapter;
 
@@ -176,7 +173,6 @@ Test(bf16, memory_grows_with_the_tokens)
 
 Test(bf16, has_the_same_bits_for_any_number_of_threads)
 {
-#ifdef _OPENMP
     static const char *const problems[] = {"--heads 3 --tokens 301 --head-size 24 --causal",
                                            "--batch 2 --heads 20 --tokens 99 --head-size 5 --dropout 0.1"};
     for (int i = 0; i < 2; i++) {
@@ -197,7 +193,6 @@ Test(bf16, has_the_same_bits_for_any_number_of_threads)
         close_run(&run[0]);
         close_run(&run[1]);
     }
-#endif
 }
 
 /* An odd number of valid keys: the last pair's second key is none of them. */
