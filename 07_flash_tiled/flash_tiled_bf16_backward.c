@@ -153,7 +153,7 @@ static Sight look_ahead(const Place *p)
     Sight sight = {.from = larger(span.first - p->key, 0) / KEY_UNIT * KEY_UNIT,
                    .to = smaller(span.end - p->key, p->keys)};
     bool every = span.one_run && span.all_first <= p->key + sight.from && span.all_end >= p->key + sight.to;
-    sight.all = every && s->dropout == 0 && sight.to == p->keys && sight.to % 2 == 0;
+    sight.all = every && s->dropout == 0 && sight.to == p->keys;
     return sight;
 }
 
@@ -254,6 +254,9 @@ static void meet(Scratch *x, const Place *p, const Queries *queries, float *dq)
                 weigh(x, p, queries, r, key, true);
             else
                 weigh(x, p, queries, r, key, false);
+    /* What fills the last step up weighs 2^(0 - lse), which may be infinite: nothing for dQ, a sum over keys. */
+    for (int r = 0; sight.to < to && r < rows; r++)
+        memset((Bf16 *)x->ds_rows + r * KEYS + sight.to, 0, (to - sight.to) * sizeof(Bf16));
     add_key_gradient(x, x->dv, queries->dout_pairs, x->weight_pairs, rows, from, to, HS);
     add_key_gradient(x, x->dk, queries->q_pairs, x->ds_pairs, rows, from, to, HS);
     add_query_gradient(x, dq, rows, from, to);

@@ -135,10 +135,12 @@ Test(bf16, holds_with_many_heads_and_with_one)
     expect_right("--heads 40 --tokens 30 --key-tokens 700 --head-size 8 --dropout 0.2");
 }
 
-/* The pair's second key is none: with a score of 0 among scores of -300 it would weigh infinitely much. */
-Test(bf16, an_odd_last_key_has_no_partner)
+/* What follows the last key in its pair and in its step is none: with a score of 0 among scores of -300 it would weigh
+ * infinitely much. */
+Test(bf16, the_last_key_has_no_neighbour)
 {
     expect_right("--heads 2 --tokens 40 --key-tokens 1 --head-size 8 --scale 100");
+    expect_right("--heads 2 --tokens 40 --key-tokens 2 --head-size 8 --scale 100");
 }
 
 /* ---- Tensors ---- */
