@@ -461,7 +461,7 @@ static bool gradients_hold(const char *specification)
     EinsumWords w;
     cr_assert_null(einsum_parse(&w, specification));
     char letters[EINSUM_MAX_LETTERS + 1] = "", *end = letters, text[EINSUM_TEXT], again[EINSUM_TEXT];
-    bool takes[3] = {false, true, true};
+    bool takes[2] = {true, true};
     for (int x = EINSUM_A; x <= EINSUM_B; x++)
         for (const char *c = x == EINSUM_A ? w.a : w.b; *c; c++) {
             takes[x] = takes[x] && !strchr(c + 1, *c) &&
