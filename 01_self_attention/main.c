@@ -133,9 +133,9 @@ static void describe_v2(OracleModule *module, OracleLinear *query, OracleLinear 
                         const Tensors *t, const AttentionShape *s)
 {
     (void)module;
-    *query = (OracleLinear){.weight = t->parameter[0], .stride_out = s->embed, .stride_in = 1};
-    *key = (OracleLinear){.weight = t->parameter[1], .stride_out = s->embed, .stride_in = 1};
-    *value = (OracleLinear){.weight = t->parameter[2], .stride_out = s->embed, .stride_in = 1};
+    *query = oracle_linear(t->parameter[0], NULL, s->embed);
+    *key = oracle_linear(t->parameter[1], NULL, s->embed);
+    *value = oracle_linear(t->parameter[2], NULL, s->embed);
 }
 
 static const Defaults sentence_alone = {

@@ -2,10 +2,10 @@
 #include "chapter.h"
 #include "random.h"
 #include "self_attention.h"
+#include "threads.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
-#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 

@@ -2,10 +2,10 @@
 #include "causal_attention.h"
 #include "chapter.h"
 #include "random.h"
+#include "threads.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
-#include <omp.h>
 #include <string.h>
 
 static void expect_near(const float *ours, const double *expected, int n, double tolerance)

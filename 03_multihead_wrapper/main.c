@@ -122,9 +122,9 @@ static void describe_stacked(OracleModule *module, OracleLinear *query, OracleLi
 {
     (void)module;
     for (int h = 0; h < s->heads; h++) {
-        query[h] = (OracleLinear){.weight = t->parameter[3 * h], .stride_out = s->embed, .stride_in = 1};
-        key[h] = (OracleLinear){.weight = t->parameter[3 * h + 1], .stride_out = s->embed, .stride_in = 1};
-        value[h] = (OracleLinear){.weight = t->parameter[3 * h + 2], .stride_out = s->embed, .stride_in = 1};
+        query[h] = oracle_linear(t->parameter[3 * h], NULL, s->embed);
+        key[h] = oracle_linear(t->parameter[3 * h + 1], NULL, s->embed);
+        value[h] = oracle_linear(t->parameter[3 * h + 2], NULL, s->embed);
     }
 }
 
@@ -133,10 +133,8 @@ static void describe_wrapper(OracleModule *module, OracleLinear *query, OracleLi
 {
     describe_stacked(module, query, key, value, t, s);
     module->outputs = 1;
-    module->output[0] = (OracleLinear){.weight = t->parameter[3 * s->heads],
-                                       .bias = t->parameter[3 * s->heads + 1],
-                                       .stride_out = s->embed_out,
-                                       .stride_in = 1};
+    module->output[0] =
+        oracle_linear(t->parameter[3 * s->heads], t->parameter[3 * s->heads + 1], s->embed_out);
 }
 
 static const Defaults two_heads = {

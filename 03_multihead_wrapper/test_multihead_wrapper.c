@@ -2,15 +2,12 @@
 #include "memory.h"
 #include "multihead_wrapper.h"
 #include "reference.h"
+#include "threads.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 extern const Chapter chapter;
 
@@ -356,7 +353,6 @@ Test(wrapper, gradients_at_block_edges)
 
 Test(wrapper, same_bits_for_any_number_of_threads)
 {
-#ifdef _OPENMP
     const char *sizes = "--batch 2 --tokens 300 --embed 48 --heads 3 --pass both --dout randn";
     omp_set_num_threads(1);
     Run *one = run_kernel("wrapper", sizes);
@@ -373,7 +369,6 @@ Test(wrapper, same_bits_for_any_number_of_threads)
                                  sizeof(float)) == 0,
                       "d_%s, %d threads", one->parameters.list[i].name, threads);
     }
-#endif
 }
 
 Test(wrapper, refuses_more_heads_than_it_has_room_for)

@@ -9,25 +9,6 @@ static size_t tokens_of(const AttentionShape *s)
     return (size_t)s->batch * s->tokens;
 }
 
-/* nn.Linear's weight, or rows of it. */
-static OracleLinear from_rows(const float *weight, const float *bias, int inputs)
-{
-    return (OracleLinear){.weight = weight, .bias = bias, .stride_out = inputs, .stride_in = 1};
-}
-
-/* Head h's queries, keys and values: HS rows each of three matrices (C_out,C). */
-static void describe_heads(OracleLinear *query, OracleLinear *key, OracleLinear *value,
-                           const float *query_weight, const float *key_weight, const float *value_weight,
-                           const AttentionShape *s)
-{
-    for (int h = 0; h < s->heads; h++) {
-        size_t first = (size_t)h * s->head_size * s->embed;
-        query[h] = from_rows(query_weight + first, NULL, s->embed);
-        key[h] = from_rows(key_weight + first, NULL, s->embed);
-        value[h] = from_rows(value_weight + first, NULL, s->embed);
-    }
-}
-
 /* The weights before dropout, which is the weights themselves where there is none: without dropout, forward
  * does not write them, and no room is kept. */
 static float *softmax_of(float *weights, float *before_dropout, const AttentionShape *s)
@@ -89,9 +70,9 @@ static void describe_split(OracleModule *module, OracleLinear *query, OracleLine
                            const Tensors *t, const AttentionShape *s)
 {
     const float *const *w = t->parameter;
-    describe_heads(query, key, value, w[0], w[1], w[2], s);
+    oracle_heads(query, key, value, w[0], w[1], w[2], s);
     module->outputs = 1;
-    module->output[0] = from_rows(w[3], w[4], s->embed_out);
+    module->output[0] = oracle_linear(w[3], w[4], s->embed_out);
 }
 
 /* ---- packed-qkv ---- */
@@ -146,9 +127,9 @@ static void describe_packed(OracleModule *module, OracleLinear *query, OracleLin
 {
     const float *const *w = t->parameter;
     size_t third = (size_t)s->embed_out * s->embed;
-    describe_heads(query, key, value, w[0], w[0] + third, w[0] + 2 * third, s);
+    oracle_heads(query, key, value, w[0], w[0] + third, w[0] + 2 * third, s);
     module->outputs = 1;
-    module->output[0] = from_rows(w[1], w[2], s->embed_out);
+    module->output[0] = oracle_linear(w[1], w[2], s->embed_out);
 }
 
 /* ---- torch-mha ---- */
@@ -207,10 +188,10 @@ static void describe_torch_mha(OracleModule *module, OracleLinear *query, Oracle
 {
     const float *const *w = t->parameter;
     size_t third = (size_t)s->embed * s->embed;
-    describe_heads(query, key, value, w[1], w[1] + third, w[1] + 2 * third, s);
+    oracle_heads(query, key, value, w[1], w[1] + third, w[1] + 2 * third, s);
     module->outputs = 2;
-    module->output[0] = from_rows(w[0], NULL, s->embed);
-    module->output[1] = from_rows(w[2], w[3], s->embed);
+    module->output[0] = oracle_linear(w[0], NULL, s->embed);
+    module->output[1] = oracle_linear(w[2], w[3], s->embed);
 }
 
 static const Defaults two_heads = {

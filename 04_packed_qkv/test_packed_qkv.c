@@ -3,15 +3,12 @@
 #include "mistakes.h"
 #include "packed_qkv.h"
 #include "reference.h"
+#include "threads.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 extern const Chapter chapter;
 
@@ -430,7 +427,6 @@ Test(packed_qkv, sees_no_later_token)
 
 Test(packed_qkv, same_bits_for_any_number_of_threads)
 {
-#ifdef _OPENMP
     const char *sizes = "--batch 2 --tokens 300 --embed 48 --heads 3 --pass both --dout randn";
     for (const Kernel *kernel = chapter.kernels; kernel->name; kernel++) {
         omp_set_num_threads(1);
@@ -452,7 +448,6 @@ Test(packed_qkv, same_bits_for_any_number_of_threads)
                           "%s: d_%s, %d threads", kernel->name, one->parameters.list[i].name, threads);
         }
     }
-#endif
 }
 
 Test(torch_mha, refuses_another_width)

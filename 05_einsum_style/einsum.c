@@ -144,9 +144,9 @@ const char *einsum_plan(EinsumPlan *plan, const char *specification, const View 
     if (error)
         return error;
 
+    /* All in the order of EINSUM_A, EINSUM_B, EINSUM_OUT. */
     const char *word[] = {words.a, words.b, words.out};
     const View *tensor[] = {a, b, out};
-    const int which[] = {EINSUM_A, EINSUM_B, EINSUM_OUT};
     const char *at[] = {specification, strchr(specification, ',') + 1, strchr(specification, '>') + 1};
 
     plan->letters = 0;
@@ -164,8 +164,8 @@ const char *einsum_plan(EinsumPlan *plan, const char *specification, const View 
                 return complain(specification, at[w] + i, 1, "letter '%c' is %zu long here and %zu before",
                                 letter->name, size, letter->size);
             letter->size = size;
-            letter->stride[which[w]] += tensor[w]->stride[i];
-            letter->in[which[w]] = true;
+            letter->stride[w] += tensor[w]->stride[i];
+            letter->in[w] = true;
         }
     }
     return NULL;

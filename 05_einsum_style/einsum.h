@@ -74,7 +74,7 @@ const char *einsum_gradient(char text[EINSUM_TEXT], const char *specification, i
 
 /* One letter is one loop. A step along it moves by stride[] in each tensor: by 0 where the letter is absent,
  * by the sum of two strides where it comes twice. */
-enum { EINSUM_OUT, EINSUM_A, EINSUM_B };
+enum { EINSUM_A, EINSUM_B, EINSUM_OUT };
 typedef struct {
     char name;
     size_t size;

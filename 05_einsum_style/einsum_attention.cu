@@ -43,7 +43,7 @@ __global__ static void loops_kernel(float *out, const float *a, const float *b, 
         step(first, loops.letter, loops.outer, i);
         float sum = 0;
         for (size_t term = 0; term < loops.terms; term++) {
-            size_t at[3] = {first[EINSUM_OUT], first[EINSUM_A], first[EINSUM_B]};
+            size_t at[3] = {first[EINSUM_A], first[EINSUM_B], first[EINSUM_OUT]};
             step(at, loops.letter + loops.outer, loops.inner, term);
             sum += a[at[EINSUM_A]] * b[at[EINSUM_B]];
         }
@@ -89,9 +89,7 @@ static void device_einsum_loops(const char *specification, View out, View a, Vie
 /* Each call is a batch along the longest of the loop letters; the others are loops on the host, around the calls. */
 static void run_product(const EinsumProduct *p, float *out, const float *a, const float *b)
 {
-    const float *operand[3];
-    operand[EINSUM_A] = a;
-    operand[EINSUM_B] = b;
+    const float *const operand[] = {a, b}; /* EINSUM_A and EINSUM_B */
     Letter batch = {}, around[EINSUM_MAX_LETTERS];
     int longest = 0, letters = 0;
     batch.size = 1;

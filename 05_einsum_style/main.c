@@ -105,8 +105,7 @@ static void describe(OracleModule *module, OracleLinear *query, OracleLinear *ke
         value[h] = columns_of_head(w[W_VALUE], h, s);
     }
     module->outputs = 1;
-    module->output[0] =
-        (OracleLinear){w[OUT_WEIGHT], w[OUT_BIAS], .stride_out = s->embed_out, .stride_in = 1};
+    module->output[0] = oracle_linear(w[OUT_WEIGHT], w[OUT_BIAS], s->embed_out);
 }
 
 static const Kernel kernels[] = {

@@ -2,14 +2,12 @@
 #include "einsum_attention.h"
 #include "memory.h"
 #include "reference.h"
+#include "threads.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 extern const Chapter chapter;
 
@@ -269,7 +267,6 @@ Test(einsum_attention, keeps_what_it_says)
     }
 }
 
-#ifdef _OPENMP
 /* How many numbers of out (which -2), dx (-1) or the gradient of a parameter; *data: they. */
 static size_t result(const Run *run, int which, const float **data)
 {
@@ -305,4 +302,3 @@ Test(einsum_attention, the_same_bits_for_any_number_of_threads)
         close_kernel(run);
     }
 }
-#endif

@@ -3,14 +3,12 @@
 #include "matmul.h"
 #include "online_softmax.h"
 #include "random.h"
+#include "threads.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 /* ---- A problem small enough for arrays. ---- */
 
@@ -524,7 +522,6 @@ Test(matrix, rows_sum_to_one_and_end_at_the_diagonal)
 
 /* ---- Threads ---- */
 
-#ifdef _OPENMP
 Test(threads, give_the_same_bits)
 {
     static const float zeros[2 * 150];
@@ -549,4 +546,3 @@ Test(threads, give_the_same_bits)
         }
     }
 }
-#endif

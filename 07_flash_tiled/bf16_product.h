@@ -19,7 +19,7 @@
 #ifdef HAVE_TILES
 enum { PANEL = 16, DEEP = 16 };
 
-/* Registers 0 to 2 hold sums, 3 rows of a, 4 to 6 columns of b. */
+/* Registers 0 to 2 hold sums, 3 rows of a, 4 to 6 columns of b. They are constants in an instruction: hence macros. */
 #define EACH_TILE(step)                                                                                      \
     step(0, 4);                                                                                              \
     if (vectors > 1) {                                                                                       \

@@ -30,19 +30,25 @@ INLINE Vector add_pair_products(Vector sum, Pair a, PairVector b)
 
 /* ---- Rows of numbers as pairs; what follows the last of n numbers is 0 ---- */
 
-/* The first LANES pairs of a row that has n numbers; to such a row. */
+/* Copies what a vector of `all` bytes has of a row with so many left: all by itself, as a known size needs no call. */
+INLINE void copy_first(void *to, const void *from, size_t left, size_t all)
+{
+    if (left >= all)
+        memcpy(to, from, all);
+    else
+        memcpy(to, from, left);
+}
+
+/* LANES pairs of a row of which n > 0 numbers are left; to such a row. */
 INLINE PairVector load_pairs(const Bf16 *row, int n)
 {
     PairVector x = {0};
-    if (n >= 2 * LANES)
-        memcpy(&x, row, sizeof x);
-    else if (n > 0)
-        memcpy(&x, row, (size_t)n * sizeof *row);
+    copy_first(&x, row, (size_t)n * sizeof *row, sizeof x);
     return x;
 }
 INLINE void store_pairs(Bf16 *row, PairVector x, int n)
 {
-    memcpy(row, &x, (size_t)smaller(n, 2 * LANES) * sizeof *row);
+    copy_first(row, &x, (size_t)n * sizeof *row, sizeof x);
 }
 
 /* LANES rows of LANES pairs become columns. */
@@ -75,14 +81,11 @@ static inline void turn_rows(Pair *to, size_t step, const Bf16 *from, int rows, 
         }
 }
 
-/* LANES numbers of a row, of which n are left, each as the first of a pair. */
+/* LANES numbers of such a row, each as the first of a pair. */
 INLINE PairVector load_numbers(const Bf16 *row, int n)
 {
     Bf16 x __attribute__((vector_size(LANES * sizeof(Bf16)))) = {0};
-    if (n >= LANES)
-        memcpy(&x, row, sizeof x);
-    else if (n > 0)
-        memcpy(&x, row, (size_t)n * sizeof *row);
+    copy_first(&x, row, (size_t)n * sizeof *row, sizeof x);
     return __builtin_convertvector(x, PairVector);
 }
 
@@ -96,12 +99,13 @@ INLINE void pair_rows(Pair *to, size_t width, int deep, const Bf16 *from, int ro
             PairVector x[LANES] = {0};
             for (int r = 2 * r0; r < smaller(2 * (r0 + LANES), rows); r++)
                 x[r / 2 - r0] |= load_numbers(from + (size_t)r * n + d, n - d) << (r % 2 * 16);
-            if (deep > 1)
+            if (deep > 1) {
                 transpose_pairs(x);
-            for (int i = 0; deep > 1 && i < LANES; i++)
-                *(PairVector *)(to + r0 * width + (size_t)(d + i) * deep) = x[i];
-            for (int r = r0; deep == 1 && r < smaller(r0 + LANES, (rows + 1) / 2); r++)
-                memcpy(to + r * width + d, &x[r - r0], (size_t)smaller(LANES, n - d) * sizeof *to);
+                for (int i = 0; i < LANES; i++)
+                    *(PairVector *)(to + r0 * width + (size_t)(d + i) * deep) = x[i];
+            } else
+                for (int r = r0; r < smaller(r0 + LANES, (rows + 1) / 2); r++)
+                    copy_first(to + r * width + d, &x[r - r0], (size_t)(n - d) * sizeof *to, sizeof *x);
         }
 }
 
@@ -129,7 +133,7 @@ INLINE PairVector pairs_from(Vector first, Vector second)
 #endif
 }
 
-/* LANES numbers rounded likewise, one behind the other; no more than n. */
+/* LANES numbers rounded likewise, one behind the other, to a row of which n > 0 are left. */
 INLINE void store_row(Bf16 *row, Vector x, int n)
 {
 #ifdef __AVX512BF16__
@@ -140,10 +144,7 @@ INLINE void store_row(Bf16 *row, Vector x, int n)
     for (int i = 0; i < LANES; i++)
         narrow[i] = (Bf16)pairs[i];
 #endif
-    if (n >= LANES)
-        memcpy(row, &narrow, sizeof narrow);
-    else if (n > 0)
-        memcpy(row, &narrow, (size_t)n * sizeof *row);
+    copy_first(row, &narrow, (size_t)n * sizeof *row, sizeof narrow);
 }
 
 /* ---- Powers of two ---- */

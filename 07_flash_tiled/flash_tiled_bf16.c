@@ -37,7 +37,8 @@ static size_t copied_keys(const AttentionShape *s)
     return round_up(s->key_tokens, larger(PANEL, 2 * DEEP));
 }
 
-/* K (keys, row_pairs): pairs of a row's numbers. V (keys / 2, width), DEEP pairs of a number together: pairs of keys. */
+/* K (keys,row_pairs): two numbers of a key are a pair. V (keys/2,width): the same number of two keys is one, and DEEP of them,
+ * of 2 * DEEP keys, lie one behind the other. */
 static size_t key_pairs(const AttentionShape *s)
 {
     return copied_keys(s) * row_pairs(s);
@@ -52,7 +53,7 @@ size_t bf16_copies(const AttentionShape *s)
     return (size_t)s->batch * s->heads * (key_pairs(s) + value_pairs(s));
 }
 
-/* Head n of all. */
+/* Of head n of all B * NH. */
 static void copy_head(Pair *keys, Pair *values, const Bf16 *k, const Bf16 *v, const AttentionShape *s,
                       size_t n)
 {
@@ -123,7 +124,7 @@ INLINE void weigh(const Bf16Block *x, Pair *p, Vector top[VECTORS], Vector sum[V
 /* Weights that are dropped become 0; what is kept grows at the end. kept (KEYS, ROWS): to work in. */
 static void drop_out(const FlashBlock *block, Pair *p, float *kept, int key, int keys, int from, int vectors)
 {
-    for (int i = 0; i < round_up(keys, 2) * ROWS; i++)
+    for (int i = 0; i < keys * ROWS; i++)
         kept[i] = 1;
     flash_drop_out(block, kept, key, keys, from, vectors);
     for (int i = 0; i < keys; i += 2)
@@ -139,8 +140,7 @@ INLINE void add_values(Bf16Block *x, const Pair *p, int key, int keys, int from,
     const Pair *v = x->v + key / 2 * width;
     for (size_t d = 0; d < width; d += PANEL)
         multiply_pairs((Vector *)x->block.out_columns + d * VECTORS + from, VECTORS, vectors, true,
-                       v + d * DEEP, DEEP, width * DEEP, p + from * LANES, ROWS,
-                       round_up(keys, 2 * DEEP) / 2);
+                       v + d * DEEP, DEEP, width * DEEP, p + from * LANES, ROWS, keys / 2);
 }
 
 INLINE void attend_tile(Bf16Block *x, int key, int keys, bool ask, int from, int vectors)
@@ -149,11 +149,12 @@ INLINE void attend_tile(Bf16Block *x, int key, int keys, bool ask, int from, int
     _Alignas(64) float terms[KEYS * ROWS]; /* most tiles leave it alone */
     Vector top[VECTORS], sum[VECTORS];
     FlashBlock *block = &x->block;
-    if (ask)
+    if (ask) {
         flash_ask(block, terms, key, keys, from, vectors);
-    for (; keys % (2 * DEEP); keys++) /* whole steps, of keys that weigh nothing */
-        for (int j = from; ask && j < from + vectors; j++)
-            ((Vector *)terms)[keys * VECTORS + j] = (Vector){0} - INFINITY;
+        for (; keys % (2 * DEEP); keys++) /* whole steps, of keys that weigh nothing */
+            for (int j = from; j < from + vectors; j++)
+                ((Vector *)terms)[keys * VECTORS + j] = (Vector){0} - INFINITY;
+    }
     weigh(x, p, top, sum, terms, key, keys, ask, from, vectors);
     if (flash_raise_maximum(block, top, from, vectors))
         weigh(x, p, top, sum, terms, key, keys, ask, from, vectors);

@@ -78,17 +78,23 @@ static int query_blocks(const AttentionShape *s)
     return (s->tokens + ROWS - 1) / ROWS;
 }
 
+/* Pairs of each of the four. */
+static size_t copy_size(const AttentionShape *s)
+{
+    return (size_t)ROWS / 2 * width_of(s);
+}
+
 /* Block n of those of all heads. */
 static Queries queries_of(float *copies, const AttentionShape *s, size_t n)
 {
-    size_t size = (size_t)ROWS / 2 * width_of(s);
+    size_t size = copy_size(s);
     Pair *first = (Pair *)copies + 4 * size * n;
     return (Queries){first, first + size, first + 2 * size, first + 3 * size};
 }
 
 size_t bf16_backward_copies(const AttentionShape *s)
 {
-    return (size_t)s->batch * s->heads * query_blocks(s) * 4 * ROWS / 2 * width_of(s);
+    return (size_t)s->batch * s->heads * query_blocks(s) * 4 * copy_size(s);
 }
 
 static void copy_queries(float *copies, const Bf16Backward *g, const AttentionShape *s, size_t n)
@@ -96,18 +102,18 @@ static void copy_queries(float *copies, const Bf16Backward *g, const AttentionSh
     Queries x = queries_of(copies, s, n);
     size_t head = n / query_blocks(s), t = n % query_blocks(s) * ROWS,
            first = (head * s->tokens + t) * s->head_size;
-    int rows = smaller(ROWS, s->tokens - (int)t);
+    int rows = smaller(ROWS, s->tokens - (int)t), HS = s->head_size, width = width_of(s);
     if (rows < ROWS)
-        memset(x.q_rows, 0, (size_t)4 * ROWS / 2 * width_of(s) * sizeof(Pair));
-    copy_rows(x.q_rows, width_of(s) / 2, g->q + first, rows, s->head_size);
-    copy_rows(x.dout_rows, width_of(s) / 2, g->dout + first, rows, s->head_size);
-    pair_rows(x.q_pairs, width_of(s), DEEP, g->q + first, rows, s->head_size);
-    pair_rows(x.dout_pairs, width_of(s), DEEP, g->dout + first, rows, s->head_size);
+        memset(x.q_rows, 0, 4 * copy_size(s) * sizeof(Pair));
+    copy_rows(x.q_rows, width / 2, g->q + first, rows, HS);
+    copy_rows(x.dout_rows, width / 2, g->dout + first, rows, HS);
+    pair_rows(x.q_pairs, width, DEEP, g->q + first, rows, HS);
+    pair_rows(x.dout_pairs, width, DEEP, g->dout + first, rows, HS);
 }
 
 /* ---- A block of keys, and a block of queries ---- */
 
-/* Which of the problem a tile is: queries t .. t + rows - 1, keys key .. key + keys - 1 of head h. */
+/* Where in the problem a tile lies: queries t .. t + rows - 1, keys key .. key + keys - 1 of head h. */
 typedef struct {
     const Bf16Backward *g;
     const AttentionShape *s;
@@ -120,12 +126,12 @@ typedef struct {
 static void read_keys(Scratch *x, const Place *p)
 {
     int HS = p->s->head_size;
-    const Bf16 *k = p->g->k + key_row(p->s, p->b, p->h, p->key), *v = p->g->v + (k - p->g->k);
-    if (p->keys < KEYS)
+    size_t first = key_row(p->s, p->b, p->h, p->key);
+    if (p->keys < KEYS) /* all three, which lie one behind the other */
         memset(x->k_columns, 0, (size_t)3 * KEYS / 2 * x->width * sizeof(Pair));
-    turn_rows(x->k_columns, KEYS, k, p->keys, HS);
-    turn_rows(x->v_columns, KEYS, v, p->keys, HS);
-    pair_rows(x->k_pairs, x->width, 1, k, p->keys, HS);
+    turn_rows(x->k_columns, KEYS, p->g->k + first, p->keys, HS);
+    turn_rows(x->v_columns, KEYS, p->g->v + first, p->keys, HS);
+    pair_rows(x->k_pairs, x->width, 1, p->g->k + first, p->keys, HS);
 }
 
 static void read_sums(Scratch *x, const Place *p)
@@ -153,7 +159,7 @@ static Sight look_ahead(const Place *p)
     Sight sight = {.from = larger(span.first - p->key, 0) / KEY_UNIT * KEY_UNIT,
                    .to = smaller(span.end - p->key, p->keys)};
     bool every = span.one_run && span.all_first <= p->key + sight.from && span.all_end >= p->key + sight.to;
-    sight.all = every && s->dropout == 0 && sight.to == p->keys && sight.to % 2 == 0;
+    sight.all = every && s->dropout == 0 && sight.to == p->keys;
     return sight;
 }
 
@@ -254,6 +260,9 @@ static void meet(Scratch *x, const Place *p, const Queries *queries, float *dq)
                 weigh(x, p, queries, r, key, true);
             else
                 weigh(x, p, queries, r, key, false);
+    /* What fills the last step up weighs 2^(0 - lse), which may be infinite: nothing for dQ, a sum over keys. */
+    for (int r = 0; sight.to < to && r < rows; r++)
+        memset((Bf16 *)x->ds_rows + r * KEYS + sight.to, 0, (to - sight.to) * sizeof(Bf16));
     add_key_gradient(x, x->dv, queries->dout_pairs, x->weight_pairs, rows, from, to, HS);
     add_key_gradient(x, x->dk, queries->q_pairs, x->ds_pairs, rows, from, to, HS);
     add_query_gradient(x, dq, rows, from, to);

@@ -245,25 +245,15 @@ static const char *needs_embed_out_equal(const AttentionShape *s)
 static void describe_packed(OracleLinear *query, OracleLinear *key, OracleLinear *value, const float *weight,
                             const AttentionShape *s)
 {
-    size_t third = (size_t)s->embed_out * s->embed, head = (size_t)s->head_size * s->embed;
-    for (int h = 0; h < s->heads; h++) {
-        query[h] = (OracleLinear){.weight = weight + h * head, .stride_out = s->embed, .stride_in = 1};
-        key[h] = value[h] = query[h];
-        key[h].weight += third;
-        value[h].weight += 2 * third;
-    }
-}
-
-static OracleLinear describe_linear(const float *weight, const float *bias, const AttentionShape *s)
-{
-    return (OracleLinear){.weight = weight, .bias = bias, .stride_out = s->embed_out, .stride_in = 1};
+    size_t third = (size_t)s->embed_out * s->embed;
+    oracle_heads(query, key, value, weight, weight + third, weight + 2 * third, s);
 }
 
 static void describe_sdpa(OracleModule *module, OracleLinear *query, OracleLinear *key, OracleLinear *value,
                           const Tensors *t, const AttentionShape *s)
 {
     describe_packed(query, key, value, t->parameter[0], s);
-    module->output[0] = describe_linear(t->parameter[1], t->parameter[2], s);
+    module->output[0] = oracle_linear(t->parameter[1], t->parameter[2], s->embed_out);
     module->outputs = 1;
 }
 
@@ -271,8 +261,8 @@ static void describe_torch_mha(OracleModule *module, OracleLinear *query, Oracle
                                OracleLinear *value, const Tensors *t, const AttentionShape *s)
 {
     describe_packed(query, key, value, t->parameter[1], s);
-    module->output[0] = describe_linear(t->parameter[0], NULL, s);
-    module->output[1] = describe_linear(t->parameter[2], t->parameter[3], s);
+    module->output[0] = oracle_linear(t->parameter[0], NULL, s->embed_out);
+    module->output[1] = oracle_linear(t->parameter[2], t->parameter[3], s->embed_out);
     module->outputs = 2;
 }
 

@@ -5,15 +5,12 @@
 #include "flash_tiled_simd.h"
 #include "memory.h"
 #include "reference.h"
+#include "threads.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 extern const Chapter chapter;
 
@@ -225,7 +222,6 @@ Test(simd, edges_of_its_tiles)
 
 Test(tiles, same_bits_for_any_number_of_threads)
 {
-#ifdef _OPENMP
     static const char *const names[] = {"materialised", "tiled", "simd"};
     for (int i = 0; i < 3; i++) {
         Example p = example(2, 3, 150, 150, 40);
@@ -247,7 +243,6 @@ Test(tiles, same_bits_for_any_number_of_threads)
         free(lse);
         free_example(&p);
     }
-#endif
 }
 
 static size_t workspace_of(const char *name, int tokens)

@@ -4,15 +4,12 @@
 #include "flash_tiled_simd_backward.h"
 #include "memory.h"
 #include "reference.h"
+#include "threads.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 extern const Chapter chapter;
 
@@ -240,7 +237,6 @@ Test(simd_gradient, one_head_in_several_tasks)
 
 Test(gradients, same_bits_for_any_number_of_threads)
 {
-#ifdef _OPENMP
     static const char *const names[] = {"materialised", "tiled", "simd"};
     for (int i = 0; i < 3; i++) {
         Gradients p = problem(2, 3, 150, 450, 40);
@@ -259,7 +255,6 @@ Test(gradients, same_bits_for_any_number_of_threads)
         }
         free_problem(&p);
     }
-#endif
 }
 
 /* ---- The bias ---- */

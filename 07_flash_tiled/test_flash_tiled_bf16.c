@@ -4,14 +4,11 @@
 #include "memory.h"
 #include "narrow.h"
 #include "run.h"
+#include "threads.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
 #include <stdlib.h>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 extern const Chapter chapter;
 
@@ -138,10 +135,12 @@ Test(bf16, holds_with_many_heads_and_with_one)
     expect_right("--heads 40 --tokens 30 --key-tokens 700 --head-size 8 --dropout 0.2");
 }
 
-/* The pair's second key is none: with a score of 0 among scores of -300 it would weigh infinitely much. */
-Test(bf16, an_odd_last_key_has_no_partner)
+/* What follows the last key in its pair and in its step is none: with a score of 0 among scores of -300 it would weigh
+ * infinitely much. */
+Test(bf16, the_last_key_has_no_neighbour)
 {
     expect_right("--heads 2 --tokens 40 --key-tokens 1 --head-size 8 --scale 100");
+    expect_right("--heads 2 --tokens 40 --key-tokens 2 --head-size 8 --scale 100");
 }
 
 /* ---- Tensors ---- */
@@ -176,7 +175,6 @@ Test(bf16, memory_grows_with_the_tokens)
 
 Test(bf16, has_the_same_bits_for_any_number_of_threads)
 {
-#ifdef _OPENMP
     static const char *const problems[] = {"--heads 3 --tokens 301 --head-size 24 --causal",
                                            "--batch 2 --heads 20 --tokens 99 --head-size 5 --dropout 0.1"};
     for (int i = 0; i < 2; i++) {
@@ -197,7 +195,6 @@ Test(bf16, has_the_same_bits_for_any_number_of_threads)
         close_run(&run[0]);
         close_run(&run[1]);
     }
-#endif
 }
 
 /* An odd number of valid keys: the last pair's second key is none of them. */

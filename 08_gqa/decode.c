@@ -12,9 +12,7 @@
 #include "kv_cache.h"
 #include "memory.h"
 #include "random.h"
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "threads.h"
 
 typedef struct {
     AttentionShape shape; /* causal; TK tokens in all, T of which are queries of the call without a cache */
@@ -124,15 +122,6 @@ const char *decode_equals_causal(void)
     return NULL;
 }
 
-static int threads(void)
-{
-#ifdef _OPENMP
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
-
 int run_decode(int argc, char **argv)
 {
     const char *path = argc == 2 && strcmp(argv[0], "--tsv") == 0 ? argv[1] : NULL;
@@ -163,11 +152,11 @@ int run_decode(int argc, char **argv)
         for (int t = 0; t < tokens; t++)
             append_token(&d, t);
         for (int i = -1; i < REPEATS; i++) { /* -1 warms up */
-            double before = read_burst_gb_per_s(threads(), burst_ms);
+            double before = read_burst_gb_per_s(omp_get_max_threads(), burst_ms);
             double start = now();
             decode_token(&d, d.shape.tokens - 1);
             double seconds = now() - start;
-            double after = read_burst_gb_per_s(threads(), burst_ms);
+            double after = read_burst_gb_per_s(omp_get_max_threads(), burst_ms);
             if (i >= 0) {
                 cached[i] = 1e3 * seconds;
                 share[i] = 100 * gb / seconds / (0.5 * (before + after));

@@ -166,16 +166,12 @@ static void describe_llama(OracleModule *module, OracleLinear *query, OracleLine
 {
     size_t head = (size_t)s->head_size * s->embed;
     for (int h = 0; h < s->heads; h++)
-        query[h] =
-            (OracleLinear){.weight = t->parameter[Q_PROJ] + h * head, .stride_out = s->embed, .stride_in = 1};
+        query[h] = oracle_linear(t->parameter[Q_PROJ] + h * head, NULL, s->embed);
     for (int h = 0; h < s->kv_heads; h++) {
-        key[h] =
-            (OracleLinear){.weight = t->parameter[K_PROJ] + h * head, .stride_out = s->embed, .stride_in = 1};
-        value[h] =
-            (OracleLinear){.weight = t->parameter[V_PROJ] + h * head, .stride_out = s->embed, .stride_in = 1};
+        key[h] = oracle_linear(t->parameter[K_PROJ] + h * head, NULL, s->embed);
+        value[h] = oracle_linear(t->parameter[V_PROJ] + h * head, NULL, s->embed);
     }
-    module->output[0] =
-        (OracleLinear){.weight = t->parameter[O_PROJ], .stride_out = s->embed_out, .stride_in = 1};
+    module->output[0] = oracle_linear(t->parameter[O_PROJ], NULL, s->embed_out);
     module->outputs = 1;
     module->rope_theta = LLAMA_THETA;
 }

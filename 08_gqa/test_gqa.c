@@ -6,15 +6,13 @@
 #include "llama.h"
 #include "memory.h"
 #include "random.h"
+#include "threads.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #define near(a, b, tolerance) (fabs((double)(a) - (double)(b)) <= (tolerance))
 
@@ -231,7 +229,6 @@ Test(sharing, copies_cost_memory_again)
     cr_expect(chapter.kernels[GROUPED].backward_workspace(&s, floats) == 1 && floats[0] == 2 * 6 * 5);
 }
 
-#ifdef _OPENMP
 Test(sharing, threads_give_the_same_bits_backwards)
 {
     for (int kernel = 0; kernel < DIFFERENTIATED; kernel++) {
@@ -266,7 +263,6 @@ Test(sharing, threads_give_the_same_bits)
         tear_down(&p);
     }
 }
-#endif
 
 /* ---- Rotary embedding ---- */
 

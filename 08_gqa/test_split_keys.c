@@ -6,14 +6,12 @@
 #include "oracle.h"
 #include "random.h"
 #include "split_keys_simd.h"
+#include "threads.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 extern const Chapter chapter;
 
@@ -200,7 +198,6 @@ Test(split_keys, never_hide_nan_nor_spread_it)
     tear_down(&p);
 }
 
-#ifdef _OPENMP
 Test(split_keys, give_the_same_bits_for_any_number_of_threads)
 {
     Problem p = set_up((AttentionShape){.batch = 2,
@@ -226,7 +223,6 @@ Test(split_keys, give_the_same_bits_for_any_number_of_threads)
     free(alone_lse);
     tear_down(&p);
 }
-#endif
 
 /* The kernel named simd takes this way by itself, counts its workspace, and gives the same bits. */
 Test(split_keys, are_what_simd_does_with_few_rows)

@@ -156,15 +156,10 @@ static void backward_flex(const Tensors *t, const AttentionShape *s)
 static void describe_flex(OracleModule *module, OracleLinear *query, OracleLinear *key, OracleLinear *value,
                           const Tensors *t, const AttentionShape *s)
 {
-    size_t third = (size_t)s->embed_out * s->embed, head = (size_t)s->head_size * s->embed;
-    for (int h = 0; h < s->heads; h++) {
-        query[h] =
-            (OracleLinear){.weight = t->parameter[0] + h * head, .stride_out = s->embed, .stride_in = 1};
-        key[h] = value[h] = query[h];
-        key[h].weight += third;
-        value[h].weight += 2 * third;
-    }
-    module->output[0] = (OracleLinear){t->parameter[1], t->parameter[2], s->embed_out, 1};
+    const float *const *w = t->parameter;
+    size_t third = (size_t)s->embed_out * s->embed;
+    oracle_heads(query, key, value, w[0], w[0] + third, w[0] + 2 * third, s);
+    module->output[0] = oracle_linear(w[1], w[2], s->embed_out);
     module->outputs = 1;
 }
 

@@ -3,14 +3,12 @@
 #include "memory.h"
 #include "reference.h"
 #include "test_problem.h"
+#include "threads.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 /* ---- Predicates of one's own ---- */
 
@@ -238,7 +236,6 @@ Test(traps, no_kernel_with_lists_holds_a_matrix)
     }
 }
 
-#ifdef _OPENMP
 Test(traps, threads_give_the_same_bits)
 {
     for (int kernel = 0; kernel < kernels_here(); kernel++) {
@@ -257,7 +254,6 @@ Test(traps, threads_give_the_same_bits)
         tear_down(&p);
     }
 }
-#endif
 
 /* ---- The module ---- */
 

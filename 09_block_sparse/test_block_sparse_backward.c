@@ -2,14 +2,12 @@
 #include "../07_flash_tiled/flash_tiled_simd_backward.h"
 #include "memory.h"
 #include "test_problem.h"
+#include "threads.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 /* The same blocks from the other side, ascending too. */
 Test(gradients, transposed_lists_hold_the_same_blocks)
@@ -269,7 +267,6 @@ Test(gradients, need_no_matrix)
     }
 }
 
-#ifdef _OPENMP
 Test(gradients, threads_give_the_same_bits)
 {
     for (int kernel = 0; kernel < kernels_here(); kernel++) {
@@ -290,4 +287,3 @@ Test(gradients, threads_give_the_same_bits)
         tear_down(&p);
     }
 }
-#endif

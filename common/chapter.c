@@ -4,6 +4,7 @@
 #include "memory.h"
 #include "run.h"
 #include "story.h"
+#include "threads.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -11,9 +12,6 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 int use_threads(int wanted)
 {

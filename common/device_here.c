@@ -6,13 +6,11 @@
 #include "error.h"
 #include "matmul.h"
 #include "memory.h"
+#include "threads.h"
 
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 static const char *missing(void)
 {
@@ -59,12 +57,7 @@ static double no_peak(double ms, bool bf16)
 
 static double peak_gflops(double ms, bool bf16)
 {
-#ifdef _OPENMP
-    int threads = omp_get_max_threads();
-#else
-    int threads = 1;
-#endif
-    return peak_burst_gflops(threads, ms, bf16);
+    return peak_burst_gflops(omp_get_max_threads(), ms, bf16);
 }
 
 /* To the nearest with 13 bits less; ties away from zero, as cvt.rna.tf32 has them. */

@@ -1,12 +1,10 @@
 #include "matmul.h"
+#include "threads.h"
 #include "vectors.h"
 
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
-#include <pthread.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #ifdef HAVE_ACCELERATE
 #include <Accelerate/Accelerate.h>
 #elif defined(HAVE_CBLAS)
@@ -136,7 +134,8 @@ static void one_product(char transpose_a, char transpose_b, int m, int n, int k,
 
 #endif
 
-/* A library's own threads would change the bits with their number, and fight ours. Told once: */
+/* A library's own threads would change the bits with their number, and fight ours. Told once; but one built on OpenMP in
+ * each thread, by multiply(): there openblas_set_num_threads would set the number of threads of the whole program. */
 static void settle_library(void)
 {
 #ifdef HAVE_OPENBLAS
@@ -145,15 +144,6 @@ static void settle_library(void)
 #endif
 #ifdef HAVE_ACCELERATE
     setenv("VECLIB_MAXIMUM_THREADS", "1", 0); /* read when it multiplies for the first time */
-#endif
-}
-
-/* .. and told in each of our threads, for a library built on OpenMP, which asks how many threads it may take.
- * (There openblas_set_num_threads would set the number of threads of the whole program.) */
-static void keep_library_on_this_thread(void)
-{
-#if defined(_OPENMP) && defined(HAVE_CBLAS)
-    omp_set_num_threads(1);
 #endif
 }
 
@@ -204,7 +194,7 @@ static void multiply(const Product *p, int count)
 
 #pragma omp parallel if (!omp_in_parallel() && down * across * count > 1)
     {
-        keep_library_on_this_thread();
+        omp_set_num_threads(1); /* for this thread alone: what a library built on OpenMP may take in it */
 #pragma omp for collapse(3) schedule(dynamic)
         for (int i = 0; i < count; i++)
             for (size_t r = 0; r < down; r++)

@@ -24,6 +24,26 @@ typedef struct {
     size_t stride_out, stride_in;
 } OracleLinear;
 
+/* nn.Linear's weight, or rows of it. */
+static inline OracleLinear oracle_linear(const float *weight, const float *bias, int inputs)
+{
+    OracleLinear linear = {weight, bias, (size_t)inputs, 1};
+    return linear;
+}
+
+/* Head h's queries, keys and values: HS rows each of three weights (C_out,C), which may be thirds of one. */
+static inline void oracle_heads(OracleLinear *query, OracleLinear *key, OracleLinear *value,
+                                const float *query_weight, const float *key_weight, const float *value_weight,
+                                const AttentionShape *s)
+{
+    for (int h = 0; h < s->heads; h++) {
+        size_t first = (size_t)h * s->head_size * s->embed;
+        query[h] = oracle_linear(query_weight + first, NULL, s->embed);
+        key[h] = oracle_linear(key_weight + first, NULL, s->embed);
+        value[h] = oracle_linear(value_weight + first, NULL, s->embed);
+    }
+}
+
 /* A module: projections, attention, head-concatenation, output projections. A kernel that takes x describes
  * itself in these terms, and so is judged without its own arithmetic. */
 typedef struct {

@@ -1,23 +1,12 @@
 /* Products against sums in double, and the same bits for 1, 2 and 3 threads. */
 #include "matmul.h"
+#include "threads.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-static void use_threads(int threads)
-{
-#ifdef _OPENMP
-    omp_set_num_threads(threads);
-#else
-    (void)threads;
-#endif
-}
 
 /* Floats in [-1, 1), always the same for a seed. The memory ends where the numbers do, so that a sanitizer
  * sees the edge. */
@@ -78,7 +67,7 @@ static float *product(const Case *c, int threads)
 {
     float *out = malloc(c->out_count ? c->out_count * sizeof *out : 1);
     memcpy(out, c->before, c->out_count * sizeof *out);
-    use_threads(threads);
+    omp_set_num_threads(threads);
     matmul(c->transpose_a, c->transpose_b, c->m, c->n, c->k, c->alpha, c->a, c->ld_a, c->b, c->ld_b, c->beta,
            out, c->ld_out);
     return out;
@@ -211,7 +200,7 @@ Test(matmul, the_same_bits_inside_a_parallel_region)
 {
     Case c = make_case('N', 'T', 600, 96, 200, 1, 0, 0);
     float *out = product(&c, 1), *inside[4];
-    use_threads(3);
+    omp_set_num_threads(3);
 #pragma omp parallel for
     for (int i = 0; i < 4; i++) {
         inside[i] = malloc(c.out_count * sizeof(float));
@@ -229,24 +218,22 @@ Test(matmul, the_same_bits_inside_a_parallel_region)
  * number. */
 Test(matmul, the_number_of_threads_survives)
 {
-#ifdef _OPENMP
-    use_threads(3);
+    omp_set_num_threads(3);
+    int wanted = omp_get_max_threads(), threads = 0; /* 1 without OpenMP */
     Case c = make_case('N', 'N', 600, 64, 64, 1, 0, 0);
     free(product(&c, 3));
-    cr_assert(omp_get_max_threads() == 3);
-    int threads = 0;
+    cr_assert(omp_get_max_threads() == wanted);
 #pragma omp parallel reduction(+ : threads)
     threads += 1;
-    cr_assert(threads == 3);
+    cr_assert(threads == wanted);
 #pragma omp parallel
     {
         float *out = malloc(c.out_count * sizeof(float));
         matmul('N', 'N', c.m, c.n, c.k, 1, c.a, c.ld_a, c.b, c.ld_b, 0, out, c.ld_out);
-        cr_assert(omp_get_max_threads() == 3);
+        cr_assert(omp_get_max_threads() == wanted);
         free(out);
     }
     free_case(&c);
-#endif
 }
 
 Test(matmul, strided_batch_is_count_products)
@@ -260,11 +247,11 @@ Test(matmul, strided_batch_is_count_products)
             size_t stride_a = c.a_count + 3, stride_b = c.b_count + 5, stride_out = c.out_count + 7;
             float *a = random_floats(stride_a * COUNT, 4), *b = random_floats(stride_b * COUNT, 5);
             float *out = random_floats(stride_out * COUNT, 6), *one = random_floats(stride_out * COUNT, 6);
-            use_threads(1);
+            omp_set_num_threads(1);
             for (int i = 0; i < COUNT; i++)
                 matmul(ta, tb, c.m, c.n, c.k, 0.5f, a + i * stride_a, c.ld_a, b + i * stride_b, c.ld_b, 1,
                        one + i * stride_out, c.ld_out);
-            use_threads(2);
+            omp_set_num_threads(2);
             matmul_strided_batch(ta, tb, c.m, c.n, c.k, 0.5f, a, c.ld_a, stride_a, b, c.ld_b, stride_b, 1,
                                  out, c.ld_out, stride_out, COUNT);
             expect_same_bits(one, out, stride_out * COUNT, "strided batch");
@@ -302,9 +289,9 @@ Test(matmul, linear_with_and_without_bias)
                   *again = random_floats((size_t)rows * outputs, 5);
             for (int i = 0; i < rows * outputs; i++)
                 out[i] = NAN;
-            use_threads(1);
+            omp_set_num_threads(1);
             linear(out, x, w, bias, rows, inputs, outputs);
-            use_threads(2);
+            omp_set_num_threads(2);
             linear(again, x, w, bias, rows, inputs, outputs);
             expect_same_bits(out, again, (size_t)rows * outputs, "linear");
             for (int i = 0; i < rows; i++)

@@ -3,6 +3,7 @@
 #include "device.h"
 #include "narrow.h"
 #include "test_simt.h"
+#include "threads.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
@@ -11,9 +12,6 @@
 #include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 /* ---- Missing barriers: some number is wrong, whatever the seed; with the barrier none is. ---- */
 
@@ -101,9 +99,7 @@ Test(simt, a_warp_answers)
 
 Test(simt, atomics_lose_nothing)
 {
-#ifdef _OPENMP
     omp_set_num_threads(4);
-#endif
     float quarter = 0;
     unsigned count = 0;
     int largest = -1;
