@@ -1,14 +1,64 @@
 /* The gradient of a bias: dS, summed up over the pairs that each number of the bias was given to. Mostly it is found along
- * the way (flash_back_add_bias). A bias whose numbers several tasks share takes a pass of its own, in which dS is made
- * once more and each number belongs to one task. */
+ * the way: written if each pair has a number of its own (flash_back_write_bias), added if not (flash_back_add_bias). A
+ * bias whose numbers several tasks share takes a pass of its own, in which dS is made once more and each number belongs to
+ * one task. */
 #include "flash_tiled_simd_backward.h"
+
+enum { KEYS = FLASH_BACK_KEYS };
+
+bool flash_bias_is_of_pairs(const AttentionShape *s)
+{
+    return s->bias && broadcast_of(s).elements == lse_count(s) * s->key_tokens;
+}
+
+/* A whole vector to an aligned address, past the caches: memory is not read first, and what lies in the caches stays. */
+static void write_past(float *to, Vector v)
+{
+#if defined(__AVX512F__)
+    _mm512_stream_ps(to, (__m512)v);
+#elif defined(__AVX__)
+    _mm256_stream_ps(to, (__m256)v);
+#else
+    *(Vector *)to = v;
+#endif
+}
+
+/* dS comes divided by log2 e. */
+static void write_row(float *to, const float *d_scores, int n)
+{
+    int i = 0;
+    for (; i < n && (uintptr_t)(to + i) % sizeof(Vector); i++)
+        to[i] = log2e * d_scores[i];
+    for (; i + LANES <= n; i += LANES)
+        write_past(to + i, log2e * load_first(d_scores + i, LANES));
+    for (; i < n; i++)
+        to[i] = log2e * d_scores[i];
+}
+
+int flash_back_write_bias(const FlashBackBlock *x, int t)
+{
+    static const float nothing[KEYS];
+    const size_t *stride = x->s->bias_stride;
+    float *dbias = x->g->dbias + x->b * stride[0] + x->h * stride[1] + x->key * stride[3];
+    int keys = smaller(KEYS, x->s->key_tokens - x->key);
+    for (; t < x->t; t++)
+        write_row(dbias + t * stride[2], nothing, keys);
+    for (int r = 0; r < x->rows; r++) {
+        const FlashSight *sight = &x->sight[r / TILE];
+        int from = smaller(sight->from, keys), to = larger(sight->to, from);
+        float *d_scores = x->d_scores + r * KEYS;
+        memset(d_scores, 0, from * sizeof *d_scores);
+        memset(d_scores + to, 0, (keys - to) * sizeof *d_scores);
+        write_row(dbias + (t + r) * stride[2], d_scores, keys);
+    }
+    return t + x->rows;
+}
 
 void flash_back_add_bias(const FlashBackBlock *x)
 {
-    enum { KEYS = FLASH_BACK_KEYS };
     const size_t *stride = x->s->bias_stride;
     float *dbias = x->g->dbias + x->b * stride[0] + x->h * stride[1] + x->t * stride[2] + x->key * stride[3];
-    /* dS comes divided by log2 e. A sum over queries is made in the tile first: a sum of sums loses less to rounding. */
+    /* A sum over queries is made in the tile first: a sum of sums loses less to rounding. */
     float one_row[KEYS] = {0};
     for (int r = 0; r < x->rows; r++) {
         const FlashSight *sight = &x->sight[r / TILE];

@@ -71,9 +71,29 @@ static inline Vector dropout_factors(WordVector word, uint32_t threshold, float 
     return vector_select((IntVector)(word >= threshold), (Vector){0} + kept, (Vector){0});
 }
 
+#if defined(__clang__) || __GNUC__ >= 12
+#define ZIP(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define ZIP(a, b, ...) __builtin_shuffle(a, b, (IntVector){__VA_ARGS__})
+#endif
+
+/* Lane after lane, word after word: the rows of a (4,LANES) matrix become columns, in two rounds of zipping. */
+static inline __attribute__((always_inline)) void side_by_side(Vector row[4])
+{
+    UNROLL for (int round = 0; round < 2; round++)
+    {
+        Vector a = row[0], b = row[1];
+        row[0] = ZIP(a, row[2], ZIP_LOW);
+        row[1] = ZIP(a, row[2], ZIP_HIGH);
+        row[2] = ZIP(b, row[3], ZIP_LOW);
+        row[3] = ZIP(b, row[3], ZIP_HIGH);
+    }
+}
+#undef ZIP
+
 /* kept[i], from <= i < to: the factor of key `key` + i of one row, whose place in lse is `row`; and of its neighbours, down
- * to a multiple of 4 * LANES and up to one of 4. `key` is a multiple of 4. A lane is a group of four keys, whose factors then
- * go side by side. */
+ * to a multiple of 4 * LANES and up to one of LANES. `key` is a multiple of 4, kept is aligned. A lane is a group of four
+ * keys, whose factors then go side by side. */
 static inline void dropout_row(float *kept, const AttentionShape *s, size_t row, int key, int from, int to)
 {
     enum { STEP = 4 * LANES };
@@ -87,9 +107,9 @@ static inline void dropout_row(float *kept, const AttentionShape *s, size_t row,
         dropout_word_vectors(word, s->dropout_seed, row_low, row_high, four);
         for (int j = 0; j < 4; j++)
             factor[j] = dropout_factors(word[j], dropout_threshold(s->dropout), 1 / (1 - s->dropout));
-        for (int i = 0; i < LANES && i0 + 4 * i < to; i++)
-            for (int j = 0; j < 4; j++)
-                kept[i0 + 4 * i + j] = factor[j][i];
+        side_by_side(factor);
+        for (int j = 0; j < 4 && i0 + j * LANES < to; j++)
+            *(Vector *)(kept + i0 + j * LANES) = factor[j];
     }
 }
 

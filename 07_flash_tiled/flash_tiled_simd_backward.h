@@ -111,8 +111,13 @@ void flash_back_add(const FlashBackBlock *x);
  * FLASH_BACK_UNIT (flash_pairs.c). */
 void flash_ask_row(const FlashBackBlock *x, int r);
 
-/* The gradient of a bias (flash_bias_backward.c). The first adds the dS of these queries and
- * keys to it. The second does job number `job` of flash_bias_jobs(s), which share no number of the bias. */
+/* The gradient of a bias (flash_bias_backward.c). Has each pair a number of its own? Then dS of these queries and keys is
+ * written, behind zeros for the queries from t on that did not meet the keys; returns the first query of which nothing
+ * is written yet. */
+bool flash_bias_is_of_pairs(const AttentionShape *s);
+int flash_back_write_bias(const FlashBackBlock *x, int t);
+
+/* If not, the first adds their dS to it. The second does job number `job` of flash_bias_jobs(s), which share no number of the bias. */
 void flash_back_add_bias(const FlashBackBlock *x);
 void flash_bias_gradient(FlashBackBlock x, float *scratch, size_t job);
 size_t flash_bias_jobs(const AttentionShape *s);

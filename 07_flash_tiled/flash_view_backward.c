@@ -160,21 +160,20 @@ static void clear_keys(const FlashBackBlock *x)
 }
 
 /* Where a chunk adds up dq of query t: its own where the caller wants it, others in `partial`. */
-static float *find_dq(FlashBackBlock *x, float *partial, int chunk, int own, int t)
+static float *dq_row(const FlashBackBlock *x, float *partial, int chunk, int own, int t)
 {
     const FlashView *view = &x->g->view;
-    x->dq_token = t >= own ? view->q_token : (size_t)x->s->head_size;
     if (t >= own)
         return x->g->dq + x->b * view->q_batch + x->h * view->q_head + t * view->q_token;
     return partial + (chunk - 1) * query_count(x->s) + query_row(x->s, x->b, x->h, t);
 }
 
 /* Of queries t .. end - 1 it becomes 0, if anyone reads it; returns the first query of which it has not. */
-static int clear_dq(FlashBackBlock *x, float *partial, int chunk, int own, int t, int end)
+static int clear_dq(const FlashBackBlock *x, float *partial, int chunk, int own, int t, int end)
 {
     for (; t < end; t++)
         if (t >= own || is_shared(x->s, x->b, t, chunk))
-            memset(find_dq(x, partial, chunk, own, t), 0, x->s->head_size * sizeof *partial);
+            memset(dq_row(x, partial, chunk, own, t), 0, x->s->head_size * sizeof *partial);
     return t;
 }
 
@@ -185,23 +184,29 @@ static void chunk_gradient(FlashBackBlock x, float *partial, float *scratch, int
     int n = chunks(s), blocks = flash_back_key_blocks(s), group = s->heads / s->kv_heads;
     int first = chunk * blocks / n, first_head = x.kv_head * group;
     int own = first_own(s, chunk), own_end = first_own(s, chunk + 1);
+    bool of_pairs = flash_bias_is_of_pairs(s), add_bias = !of_pairs && bias_is_own(s);
     for (int block = first; block < (chunk + 1) * blocks / n; block++) {
         flash_back_begin(&x, scratch, block);
         clear_keys(&x);
         for (x.h = first_head; x.h < first_head + group; x.h++) {
-            int cleared = block > first ? own_end : 0;
+            int cleared = block > first ? own_end : 0, written = 0;
             for (int t = 0; flash_back_next(&x, t) && x.t < own_end; t = x.t + x.rows) {
                 x.rows = smaller(x.rows, (x.t < own ? own : own_end) - x.t);
-                x.dq = find_dq(&x, partial, chunk, own, x.t);
+                x.dq = dq_row(&x, partial, chunk, own, x.t);
+                x.dq_token = x.t < own ? (size_t)s->head_size : x.g->view.q_token;
                 if (!flash_back_weigh(&x))
                     continue;
                 cleared = clear_dq(&x, partial, chunk, own, cleared, x.t + x.rows);
-                x.dq = find_dq(&x, partial, chunk, own, x.t);
                 flash_back_add(&x);
-                if (bias_is_own(s))
+                if (of_pairs)
+                    written = flash_back_write_bias(&x, written);
+                else if (add_bias)
                     flash_back_add_bias(&x);
             }
             clear_dq(&x, partial, chunk, own, cleared, own_end);
+            x.t = s->tokens, x.rows = 0;
+            if (of_pairs)
+                flash_back_write_bias(&x, written);
         }
     }
 }
@@ -286,7 +291,7 @@ void flash_attention_backward(const FlashBackward *g, float *delta, float *parti
     size_t n = lists(s), floats = flash_back_block_floats(s->head_size);
     const FlashBackBlock x = {.g = g, .s = s, .deltas = delta, .dq = g->dq};
     row_deltas(delta, g, s);
-    if (s->bias)
+    if (s->bias && !flash_bias_is_of_pairs(s))
         memset(g->dbias, 0, broadcast_of(s).elements * sizeof *g->dbias);
 #pragma omp parallel for schedule(dynamic)
     for (size_t i = 0; i < n; i++)

@@ -277,6 +277,22 @@ Test(gradients, a_broadcast_bias_gets_the_sum)
         }
 }
 
+/* Where each pair has a number of its own, its gradient is zero even if a whole tile sees nothing: before the diagonal, and
+ * beyond the valid keys. */
+Test(simd_gradient, of_a_bias_that_whole_tiles_do_not_see)
+{
+    int length = 2 * FLASH_BACK_KEYS - 30, tokens = 3 * FLASH_BACK_KEYS + 5;
+    for (int causal = 0; causal < 2; causal++) {
+        Gradients p = problem(1, 2, tokens, tokens, 12);
+        p.s.causal = causal;
+        p.s.lengths = causal ? NULL : &length;
+        add_bias(&p, 15);
+        differentiate(&p, "materialised");
+        expect_same(&p, p, "simd", causal ? "causal" : "padding");
+        free_problem(&p);
+    }
+}
+
 /* ---- Dropout ---- */
 
 /* The backward pass asks again which pairs were dropped: the same answer in any order. */
