@@ -71,14 +71,8 @@ static inline Vector dropout_factors(WordVector word, uint32_t threshold, float 
     return vector_select((IntVector)(word >= threshold), (Vector){0} + kept, (Vector){0});
 }
 
-#if defined(__clang__) || __GNUC__ >= 12
-#define ZIP(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define ZIP(a, b, ...) __builtin_shuffle(a, b, (IntVector){__VA_ARGS__})
-#endif
-
 /* Lane after lane, word after word: the rows of a (4,LANES) matrix become columns, in two rounds of zipping. */
-static inline __attribute__((always_inline)) void side_by_side(Vector row[4])
+INLINE void side_by_side(Vector row[4])
 {
     UNROLL for (int round = 0; round < 2; round++)
     {
@@ -89,7 +83,6 @@ static inline __attribute__((always_inline)) void side_by_side(Vector row[4])
         row[3] = ZIP(b, row[3], ZIP_HIGH);
     }
 }
-#undef ZIP
 
 /* kept[i], from <= i < to: the factor of key `key` + i of one row, whose place in lse is `row`; and of its neighbours, down
  * to a multiple of 4 * LANES and up to one of LANES. `key` is a multiple of 4, kept is aligned. A lane is a group of four

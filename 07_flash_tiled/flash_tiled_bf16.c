@@ -219,9 +219,9 @@ void attention_bf16(Bf16 *out, float *lse, float *copies, float *scratch, const 
         Bf16Block x[FLASH_TEAM];
         FlashBlock *team[FLASH_TEAM];
         size_t head = n / teams.of_a_head;
-        int blocks = 0, first = (int)(n % teams.of_a_head) * teams.blocks * ROWS;
+        int blocks = 0;
         float *own = flash_own_scratch(scratch, &teams, s->head_size);
-        for (int t = first; blocks < teams.blocks && t < s->tokens; blocks++, t += ROWS) {
+        for (size_t t, past; flash_rows_of(&teams, n, blocks, &t, &past); blocks++) {
             x[blocks] = (Bf16Block){
                 .block = {.s = s,
                           .b = (int)(head / s->heads),
@@ -231,16 +231,16 @@ void attention_bf16(Bf16 *out, float *lse, float *copies, float *scratch, const 
                 .v = values + head * value_pairs(s),
             };
             FlashBlock *block = team[blocks] = &x[blocks].block;
-            block->rows = smaller(ROWS, s->tokens - t);
+            block->rows = (int)(past - t);
             for (int r = 0; r < block->rows; r++)
-                block->row[r] = (FlashRow){.h = (int)(head % s->heads), .t = t + r};
+                block->row[r] = (FlashRow){.h = (int)(head % s->heads), .t = (int)t + r};
             begin(&x[blocks], q + (head * s->tokens + t) * HS, own + blocks * flash_scratch(s->head_size));
         }
         tiles_begin();
         flash_attend_allowed(team, blocks);
         tiles_end();
         for (int i = 0; i < blocks; i++) {
-            size_t row = head * s->tokens + first + i * ROWS;
+            size_t row = head * s->tokens + team[i]->row[0].t;
             finish(&x[i], out + row * HS, lse + row);
         }
     }

@@ -132,15 +132,18 @@ void flash_finish(FlashBlock *block);
  *     FlashTeams teams = flash_teams(heads, rows);
  *     #pragma omp parallel for schedule(dynamic) num_threads(flash_threads(&teams))
  *     for (size_t n = 0; n < teams.count; n++)
- *         team n % teams.of_a_head of list n / teams.of_a_head, its first row at
- *         n % teams.of_a_head * teams.blocks * FLASH_ROWS, with flash_own_scratch(scratch, &teams, HS)
+ *         a team of list n / teams.of_a_head, with flash_own_scratch(scratch, &teams, HS):
+ *         for (int i = 0; flash_rows_of(&teams, n, i, &first, &past); i++)
+ *             its block i, the rows first .. past - 1 of the list
  */
 typedef struct {
-    int blocks; /* of a team */
-    size_t of_a_head, count;
+    size_t rows;             /* of a list */
+    int blocks;              /* of a team, at most */
+    size_t of_a_head, count; /* teams */
 } FlashTeams;
 FlashTeams flash_teams(size_t heads, size_t rows);
 int flash_threads(const FlashTeams *teams);
+bool flash_rows_of(const FlashTeams *teams, size_t n, int i, size_t *first, size_t *past);
 
 /* Floats of scratch for all threads; the part of the thread that asks, flash_scratch(HS) for each block of a team. */
 size_t flash_team_scratch(const FlashTeams *teams, int head_size);

@@ -2,18 +2,7 @@
  * flash_tiled_simd.h. */
 #include "flash_tiled_simd.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_max_threads(void)
-{
-    return 1;
-}
-static int omp_get_thread_num(void)
-{
-    return 0;
-}
-#endif
+#include "threads.h"
 
 void flash_begin_rows(FlashBlock *block)
 {
@@ -138,10 +127,18 @@ void flash_attend_allowed(FlashBlock *const *block, int n)
 FlashTeams flash_teams(size_t heads, size_t rows)
 {
     size_t blocks = (rows + FLASH_ROWS - 1) / FLASH_ROWS, wanted = heads * blocks / FLASH_THREADS;
-    FlashTeams teams = {.blocks = wanted < 1 ? 1 : wanted < FLASH_TEAM ? (int)wanted : FLASH_TEAM};
+    FlashTeams teams = {.rows = rows};
+    teams.blocks = wanted < 1 ? 1 : wanted < FLASH_TEAM ? (int)wanted : FLASH_TEAM;
     teams.of_a_head = (blocks + teams.blocks - 1) / teams.blocks;
     teams.count = heads * teams.of_a_head;
     return teams;
+}
+
+bool flash_rows_of(const FlashTeams *teams, size_t n, int i, size_t *first, size_t *past)
+{
+    *first = (n % teams->of_a_head * teams->blocks + i) * FLASH_ROWS;
+    *past = *first + FLASH_ROWS < teams->rows ? *first + FLASH_ROWS : teams->rows;
+    return i < teams->blocks && *first < teams->rows;
 }
 
 static int most_threads(const FlashTeams *teams)
@@ -208,12 +205,12 @@ void flash_attention(const FlashView *view, float *scratch, const AttentionShape
 #pragma omp parallel for schedule(dynamic) num_threads(flash_threads(&teams))
     for (size_t n = 0; n < teams.count; n++) {
         FlashBlock block[FLASH_TEAM], *team[FLASH_TEAM];
-        int blocks = 0, t = (int)(n % teams.of_a_head) * teams.blocks * FLASH_ROWS;
+        int blocks = 0;
         float *own = flash_own_scratch(scratch, &teams, s->head_size);
-        for (; blocks < teams.blocks && t < s->tokens; blocks++, t += FLASH_ROWS) {
+        for (size_t t0, t1; flash_rows_of(&teams, n, blocks, &t0, &t1); blocks++) {
             team[blocks] = &block[blocks];
             flash_begin_in_view(team[blocks], view, own + blocks * flash_scratch(s->head_size), s,
-                                n / teams.of_a_head, t, smaller(t + FLASH_ROWS, s->tokens), ahead);
+                                n / teams.of_a_head, (int)t0, (int)t1, ahead);
         }
         flash_attend_allowed(team, blocks);
         for (int i = 0; i < blocks; i++)

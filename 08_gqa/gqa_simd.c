@@ -24,16 +24,17 @@ size_t grouped_simd_scratch(const AttentionShape *s)
     return split_keys_wins(s) ? split_keys_scratch(s) : flash_team_scratch(&teams, s->head_size);
 }
 
-/* The rows from `first` on of a key/value head; these heads are counted over all batch entries. */
+/* The rows first .. past - 1 of a key/value head; these heads are counted over all batch entries. */
 static void begin_block(FlashBlock *block, float *out, float *lse, float *scratch, const float *q,
-                        const float *k, const float *v, const AttentionShape *s, size_t kv_head, size_t first)
+                        const float *k, const float *v, const AttentionShape *s, size_t kv_head, size_t first,
+                        size_t past)
 {
     int group = s->heads / s->kv_heads;
     int b = (int)(kv_head / s->kv_heads), first_head = (int)(kv_head % s->kv_heads) * group;
     *block = (FlashBlock){.s = s, .b = b, .key_step = s->head_size};
     block->k = k + key_row(s, b, first_head, 0);
     block->v = v + key_row(s, b, first_head, 0);
-    for (size_t i = first; i < rows_of_kv_head(s) && block->rows < FLASH_ROWS; i++) {
+    for (size_t i = first; i < past; i++) {
         int t = (int)(i / group), h = first_head + (int)(i % group);
         block->row[block->rows++] = (FlashRow){.q = q + query_row(s, b, h, t),
                                                .out = out + query_row(s, b, h, t),
@@ -55,15 +56,15 @@ void attention_grouped_simd(float *out, float *lse, float *scratch, const float 
 #pragma omp parallel for schedule(dynamic) num_threads(flash_threads(&teams))
     for (size_t n = 0; n < teams.count; n++) {
         FlashBlock block[FLASH_TEAM], *team[FLASH_TEAM];
-        size_t blocks = 0, first = n % teams.of_a_head * teams.blocks * FLASH_ROWS;
+        int blocks = 0;
         float *own = flash_own_scratch(scratch, &teams, s->head_size);
-        for (; blocks < (size_t)teams.blocks && first < rows_of_kv_head(s); blocks++, first += FLASH_ROWS) {
+        for (size_t first, past; flash_rows_of(&teams, n, blocks, &first, &past); blocks++) {
             team[blocks] = &block[blocks];
             begin_block(team[blocks], out, lse, own + blocks * flash_scratch(s->head_size), q, k, v, s,
-                        n / teams.of_a_head, first);
+                        n / teams.of_a_head, first, past);
         }
-        flash_attend_allowed(team, (int)blocks);
-        for (size_t i = 0; i < blocks; i++)
+        flash_attend_allowed(team, blocks);
+        for (int i = 0; i < blocks; i++)
             flash_finish(team[i]);
     }
 }

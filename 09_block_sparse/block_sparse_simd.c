@@ -72,13 +72,13 @@ static void attend_view(const FlashView *view, float *scratch, const BlockMask *
     for (size_t n = 0; n < teams.count; n++) {
         size_t of_all = n / teams.of_a_head, bh = of_all / mask->query_blocks; /* the query block, the head */
         int i = (int)(of_all % mask->query_blocks), N = mask->block;
-        int t = i * N + (int)(n % teams.of_a_head) * teams.blocks * FLASH_ROWS;
-        int end = smaller((i + 1) * N, s->tokens), pieces = 0, listed;
+        int rows = smaller(N, s->tokens - i * N), pieces = 0, listed;
         float *own = flash_own_scratch(scratch, &teams, s->head_size);
         Piece piece[FLASH_TEAM];
-        for (; pieces < teams.blocks && t < end; pieces++, t += FLASH_ROWS) {
+        for (size_t first, past; flash_rows_of(&teams, n, pieces, &first, &past) && (int)first < rows;
+             pieces++) {
             Piece *x = &piece[pieces];
-            *x = (Piece){.t0 = t, .t1 = smaller(t + FLASH_ROWS, end)};
+            *x = (Piece){.t0 = i * N + (int)first, .t1 = i * N + smaller((int)past, rows)};
             flash_begin_in_view(&x->block, view, own + pieces * flash_scratch(s->head_size), s, bh, x->t0,
                                 x->t1, ahead);
         }

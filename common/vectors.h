@@ -13,8 +13,8 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* TILE: how many rows of three vectors are summed up at once in registers. 8 x 3 accumulators need 28 of 32
- * registers, 4 x 3 need 16 of 16. ZIP_LOW, ZIP_HIGH: the lanes of two vectors in turn, of their first halves and
- * of their second; the second vector's lanes count on from LANES. */
+ * registers, 4 x 3 need 16 of 16. ZIP_LOW, ZIP_HIGH: which lanes ZIP() takes; the
+ * second vector's count on from LANES. */
 #if defined(__AVX512F__)
 #include <immintrin.h>
 enum { LANES = 16, TILE = 8 };
@@ -175,15 +175,17 @@ INLINE void store_first(float *to, Vector v, int n)
 }
 #endif
 
-/* Rows become columns. One round of zipping row i with row i + LANES / 2 turns the bits of (row, column), read as
- * one number, left by one place; after log2(LANES) rounds row and column have changed places. */
-INLINE void transpose(Vector row[LANES])
-{
+/* The lanes of a and b in turn: ZIP(a, b, ZIP_LOW) those of their first halves, ZIP(a, b, ZIP_HIGH) of their second. */
 #if defined(__clang__) || __GNUC__ >= 12
 #define ZIP(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define ZIP(a, b, ...) __builtin_shuffle(a, b, (IntVector){__VA_ARGS__})
 #endif
+
+/* Rows become columns. One round of zipping row i with row i + LANES / 2 turns the bits of (row, column), read as
+ * one number, left by one place; after log2(LANES) rounds row and column have changed places. */
+INLINE void transpose(Vector row[LANES])
+{
     UNROLL for (int round = 1; round < LANES; round *= 2)
     {
         Vector next[LANES];
@@ -194,7 +196,6 @@ INLINE void transpose(Vector row[LANES])
         }
         memcpy(row, next, sizeof next);
     }
-#undef ZIP
 }
 
 /* c[i][j] += the sum over k < n of a[i][k * a_step] * b[k * b_step][j]: TILE numbers of a, each broadcast to a
