@@ -15,8 +15,8 @@ Test(vector_math, largest_of_finds_it_wherever_it_is)
         for (int at = 0; at < n; at++) {
             for (int i = 0; i < n; i++)
                 x[i] = i % 3 == 0 ? -INFINITY : -5.0f - i;
-            if (n > 1)
-                x[(at + 1) % n] = NAN;
+            x[(at + 1) % n] = NAN;
+            x[(at + 16) % n] = NAN; /* of a longer row, in the same lane */
             x[at] = -4;
             cr_assert(largest_of(x, n) == -4, "number %d of %d", at, n);
         }
