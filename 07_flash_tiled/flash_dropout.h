@@ -13,8 +13,7 @@ typedef uint32_t WordVector __attribute__((vector_size(LANES * sizeof(float)), m
 typedef uint64_t WideVector __attribute__((vector_size(LANES * sizeof(float)), may_alias));
 
 /* The upper and lower halves of a * factor, lane by lane: products of 64 bits, of the even lanes and of the odd ones. */
-static inline __attribute__((always_inline)) void multiply_wide(WordVector *high, WordVector *low,
-                                                                WordVector a, uint32_t factor)
+INLINE void multiply_wide(WordVector *high, WordVector *low, WordVector a, uint32_t factor)
 {
 #if defined(__AVX512F__)
     /* Lanes change places on the port that multiplies least: shifts would wait for the products. */
@@ -39,9 +38,8 @@ static inline __attribute__((always_inline)) void multiply_wide(WordVector *high
 }
 
 /* word[i]: for the key 4 * four + i of row `row` (its lower and upper 32 bits). */
-static inline __attribute__((always_inline)) void dropout_word_vectors(WordVector word[4], uint64_t seed,
-                                                                       WordVector row_low,
-                                                                       WordVector row_high, WordVector four)
+INLINE void dropout_word_vectors(WordVector word[4], uint64_t seed, WordVector row_low, WordVector row_high,
+                                 WordVector four)
 {
     WordVector a = four, b = row_low, c = row_high, d = (WordVector){0} + 0x64726F70u;
     uint32_t key_low = (uint32_t)seed, key_high = (uint32_t)(seed >> 32);

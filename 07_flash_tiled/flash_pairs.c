@@ -136,6 +136,8 @@ static void ask_keys(const FlashBackBlock *x, int r, int from, int to)
     if (is && s->bias) {
         size_t step = s->bias_stride[3];
         const float *bias = bias_row(s, x->b, x->h, t) + x->key * step;
+        for (int i = from; i < seen_to; i += LANES)
+            __builtin_prefetch(bias + 4 * s->bias_stride[2] + i * step); /* some rows ahead */
         if (step == 1) /* the same, for the compiler to turn into vectors */
             for (int i = from; i < seen_to; i++)
                 extra[i] = extra[i] == 0 ? log2e * bias[i] : -INFINITY;

@@ -1,5 +1,8 @@
-/* The gradients of flash attention near the multiply-add peak; formulas: flash_tiled_backward.c, contracts: the header.
- * - Keys outside. A block of them, its dk and its dv stay in the cache while all queries walk past: only dq moves.
+/* The gradients of flash attention near the multiply-add peak. flash_tiled_backward.c has the formulas; the contracts of
+ * these steps are in the header. This is how it is done, and why.
+ *
+ * - Keys outside. A block of keys, its dk and its dv stay in the cache while all queries walk past, FLASH_BACK_ROWS at
+ *   a time: what goes to memory and back is dq alone.
  * - Five products, all of one form: sums in registers += a number, broadcast, times a vector.
  *       S  = Q K^T    dP = dO V^T     rows are queries, lanes run along keys: K^T, V^T are made once a block
  *       dV += D^T dO  dK += dS^T Q    rows are keys, lanes run along the head's numbers
@@ -7,8 +10,9 @@
  * - Scale and log2 e are in the queries, so that S comes out as an exponent of 2. dS is divided by log2 e: so dK, a sum
  *   of such queries, comes out right, and dQ finds scale and log2 e in K.
  * - Long sums. A tile of dK and dV is loaded and stored once for FLASH_BACK_ROWS queries, one of dQ once for
- *   FLASH_BACK_KEYS keys: the longer the sum, the less that weighs. Softmax, which needs registers too, is by itself.
- * - Memory is asked for ahead: the next queries while these are copied, dq while its row is weighed, a bias by rows.
+ *   FLASH_BACK_KEYS keys: the longer the sum, the less that weighs.
+ * - Softmax is a pass of its own, as the products need nearly all registers.
+ * - Memory is asked for ahead: the next queries while a tile of these is copied, a row of dq while it is weighed.
  * - What no query sees is left out: TILE queries at a time know which keys they see, and all five products keep to it. */
 #include "flash_tiled_simd_backward.h"
 
@@ -229,12 +233,8 @@ bool flash_back_weigh(FlashBackBlock *x)
     if (!flash_back_look_ahead(x))
         return false;
     read_sums(x);
-    for (int r = 0; r < round_up(x->rows, TILE); r++) {
-        for (int key = 0; x->s->bias && key < KEYS; key += LANES)
-            __builtin_prefetch(bias_row(x->s, x->b, x->h, x->t + r + 4) +
-                               (x->key + key) * x->s->bias_stride[3]);
+    for (int r = 0; r < round_up(x->rows, TILE); r++)
         flash_ask_row(x, r);
-    }
     multiply_keys(x, x->weights, x->q, x->k_columns, true);
     multiply_keys(x, x->d_scores, x->dout, x->v_columns, false);
     for (int r = 0; r < round_up(x->rows, TILE); r++)

@@ -117,7 +117,8 @@ void flash_ask_row(const FlashBackBlock *x, int r);
 bool flash_bias_is_of_pairs(const AttentionShape *s);
 int flash_back_write_bias(const FlashBackBlock *x, int t);
 
-/* If not, the first adds their dS to it. The second does job number `job` of flash_bias_jobs(s), which share no number of the bias. */
+/* If not, the first adds their dS to it. The second does job number `job` of flash_bias_jobs(s), which share no number of
+ * the bias. */
 void flash_back_add_bias(const FlashBackBlock *x);
 void flash_bias_gradient(FlashBackBlock x, float *scratch, size_t job);
 size_t flash_bias_jobs(const AttentionShape *s);

@@ -184,7 +184,7 @@ static void chunk_gradient(FlashBackBlock x, float *partial, float *scratch, int
     int n = chunks(s), blocks = flash_back_key_blocks(s), group = s->heads / s->kv_heads;
     int first = chunk * blocks / n, first_head = x.kv_head * group;
     int own = first_own(s, chunk), own_end = first_own(s, chunk + 1);
-    bool of_pairs = flash_bias_is_of_pairs(s), add_bias = !of_pairs && bias_is_own(s);
+    bool of_pairs = flash_bias_is_of_pairs(s);
     for (int block = first; block < (chunk + 1) * blocks / n; block++) {
         flash_back_begin(&x, scratch, block);
         clear_keys(&x);
@@ -200,13 +200,14 @@ static void chunk_gradient(FlashBackBlock x, float *partial, float *scratch, int
                 flash_back_add(&x);
                 if (of_pairs)
                     written = flash_back_write_bias(&x, written);
-                else if (add_bias)
+                else if (bias_is_own(s))
                     flash_back_add_bias(&x);
             }
             clear_dq(&x, partial, chunk, own, cleared, own_end);
-            x.t = s->tokens, x.rows = 0;
-            if (of_pairs)
+            if (of_pairs) { /* zeros for the queries that are left */
+                x.t = s->tokens, x.rows = 0;
                 flash_back_write_bias(&x, written);
+            }
         }
     }
 }

@@ -13,8 +13,8 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* TILE: how many rows of three vectors are summed up at once in registers. 8 x 3 accumulators need 28 of 32
- * registers, 4 x 3 need 16 of 16. ZIP_LOW, ZIP_HIGH: which lanes ZIP() takes; the
- * second vector's count on from LANES. */
+ * registers, 4 x 3 need 16 of 16. ZIP_LOW, ZIP_HIGH: which lanes ZIP() takes; the second
+ * vector's count on from LANES. */
 #if defined(__AVX512F__)
 #include <immintrin.h>
 enum { LANES = 16, TILE = 8 };
