@@ -36,6 +36,8 @@ INLINE void score_tile(const FlashBlock *block, float *p, Vector top[VECTORS], i
         flash_ask(block, p, key, keys, from, vectors);
     for (int i0 = 0; i0 < keys; i0 += TILE) {
         Vector *scores = (Vector *)(p + i0 * FLASH_ROWS) + from;
+        if (LANES < 16 && block->leads)
+            flash_look_ahead_for_keys(block, key + keys + i0);
         for (int d = 0; d < HS; d += SHORT_SUM) {
             Vector c[TILE][VECTORS];
             const float *k[TILE]; /* past the last key: the last again, which flash_ask() forbids */
@@ -102,7 +104,8 @@ INLINE void weigh(FlashBlock *block, float *p, int keys, int from, int vectors)
 }
 
 /* out += p^T V, TILE numbers of each value at a time. Meanwhile memory is asked for the next tile: by every other step for
- * its keys, else for its values, a row each time that a value is multiplied. */
+ * its keys, else for its values, a row each time that a value is multiplied. Not so with shorter vectors: such a processor's
+ * first cache has 32 KiB, and a tile's values lose their place in it to what they need not wait for. */
 INLINE void add_values(FlashBlock *block, const float *p, int key, int keys, int from, int vectors)
 {
     int HS = block->s->head_size;
@@ -116,7 +119,8 @@ INLINE void add_values(FlashBlock *block, const float *p, int key, int keys, int
         EACH_VECTOR(i, j, vectors)
             c[i][j] = out[i * VECTORS + j];
         const float *next = (d / TILE % 2 ? block->v : block->k) + (size_t)(key + keys) * block->key_step + d;
-        multiply_add_ahead(c, vectors, v, block->key_step, p + from * LANES, FLASH_ROWS, keys, next);
+        multiply_add_ahead(c, vectors, v, block->key_step, p + from * LANES, FLASH_ROWS, keys,
+                           LANES < 16 ? NULL : next);
         EACH_VECTOR(i, j, vectors)
             out[i * VECTORS + j] = c[i][j];
     }

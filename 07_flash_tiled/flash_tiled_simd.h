@@ -60,6 +60,7 @@ struct FlashBlock {
     _Alignas(64) int first[FLASH_ROWS]; /* a row sees no key outside first <= t2 < end */
     _Alignas(64) int end[FLASH_ROWS];
     bool one_run;   /* each row sees every key from its first to its end, if there is no bias */
+    bool leads;     /* the last of its team: flash_look_ahead_for_keys() is for it to do */
     int asked;      /* flash_look_ahead() has been at so many rows */
     FlashSpan left; /* the keys that flash_attend_allowed() has yet to attend to */
 
@@ -121,6 +122,9 @@ FlashSpan flash_span(const AttentionShape *s, int b, int t, int rows);
 /* Asks memory for a row's output, and for the query, key and value that are `ahead` of it: few at a time, as only so much can
  * be under way, and in the midst of multiply-adds, so that nobody waits. */
 void flash_look_ahead(FlashBlock *block);
+
+/* Asks memory for TILE keys and their values, from this one on. */
+void flash_look_ahead_for_keys(const FlashBlock *block, int key);
 
 /* Writes out and lse = m + log l of each row; zeros and -inf for a row that saw no key. */
 void flash_finish(FlashBlock *block);

@@ -7,6 +7,7 @@
 void flash_begin_rows(FlashBlock *block)
 {
     block->asked = 0;
+    block->leads = true;
     for (int r = 0; r < FLASH_ROWS; r++) {
         block->m[r] = block->l[r] = 0;
         block->first[r] = block->end[r] = 0;
@@ -30,6 +31,16 @@ void flash_look_ahead(FlashBlock *block)
         __builtin_prefetch(block->k + key + d, 0, 2);
         __builtin_prefetch(block->v + key + d, 0, 2);
     }
+}
+
+void flash_look_ahead_for_keys(const FlashBlock *block, int key)
+{
+    size_t at = (size_t)key * block->key_step;
+    for (int i = 0; i < TILE; i++, at += block->key_step)
+        for (int d = 0; d < block->s->head_size; d += 16) {
+            __builtin_prefetch(block->k + at + d, 0, 2);
+            __builtin_prefetch(block->v + at + d, 0, 2);
+        }
 }
 
 /* Tiles are cut at multiples of so many keys. */
@@ -106,8 +117,10 @@ static void find_keys(FlashBlock *block)
 
 void flash_attend_allowed(FlashBlock *const *block, int n)
 {
-    for (int i = 0; i < n; i++)
+    for (int i = 0; i < n; i++) {
         find_keys(block[i]);
+        block[i]->leads = i == n - 1;
+    }
     for (bool more = true; more;) {
         more = false;
         for (int i = 0; i < n; i++) {

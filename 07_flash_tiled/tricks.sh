@@ -71,8 +71,9 @@ edit flash_tiled_simd.c 'top[j] = vector_max(scores[i * VECTORS + j], top[j]);' 
         }'
 
 trick prefetch 'no tile is fetched ahead' \
-    'during the second product memory is asked for the next tile, a row at a time'
-edit flash_tiled_simd.c 'FLASH_ROWS, keys, next);' 'FLASH_ROWS, keys, ((void)next, NULL));'
+    'while one tile is multiplied, memory is asked for the next, a few rows at a time'
+edit flash_tiled_simd.c 'LANES < 16 ? NULL : next);' '((void)next, NULL));'
+edit flash_tiled_simd.c 'LANES < 16 && block->leads' 'false'
 
 trick team 'each block of queries walks along the keys alone' \
     'a tile that comes from far away serves four blocks'

@@ -50,12 +50,16 @@ enum {
 #define EACH_VECTOR(i, j, vectors)                                                                           \
     UNROLL for (int i = 0; i < TILE; i++) UNROLL for (int j = 0; j < VECTORS; j++) if (j < (vectors))
 
-/* clang likes to broadcast a number for each row before it uses the first, and runs out of registers. It moves no load across
- * a statement that it cannot look into. */
-#if defined(__clang__)
+/* Compilers order a step's loads as they like: clang broadcasts a number for each row before it uses the first, and runs out of
+ * registers; gcc, where there are 16, reads a row's vectors from the cache again for each number. No load moves across a
+ * statement that they cannot look into, and what such a statement may change is in a register after it. */
 #define KEEP_ORDER __asm__ volatile("")
+#if defined(__AVX__) && !defined(__AVX512F__)
+#define KEEP_IN_REGISTER(vector) __asm__("" : "+x"(vector))
+#define UNROLL_STEPS _Pragma("GCC unroll 4")
 #else
-#define KEEP_ORDER (void)0
+#define KEEP_IN_REGISTER(vector) (void)0
+#define UNROLL_STEPS
 #endif
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), may_alias));
@@ -205,11 +209,16 @@ INLINE void transpose(Vector row[LANES])
 INLINE void multiply_add_ahead(Vector c[TILE][VECTORS], int vectors, const float *const a[TILE],
                                size_t a_step, const float *b, size_t b_step, int n, const float *ahead)
 {
-    for (int k = 0; k < n; k++, b += b_step) {
+    UNROLL_STEPS for (int k = 0; k < n; k++, b += b_step)
+    {
         if (ahead)
             __builtin_prefetch(ahead + k * a_step, 0, 2);
         Vector row[VECTORS];
-        UNROLL for (int j = 0; j < VECTORS; j++) if (j < vectors) row[j] = ((const Vector *)b)[j];
+        UNROLL for (int j = 0; j < VECTORS; j++) if (j < vectors)
+        {
+            row[j] = ((const Vector *)b)[j];
+            KEEP_IN_REGISTER(row[j]);
+        }
         EACH_VECTOR(i, j, vectors) {
             if (j == 0)
                 KEEP_ORDER;
