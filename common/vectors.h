@@ -50,10 +50,14 @@ enum {
 #define EACH_VECTOR(i, j, vectors)                                                                           \
     UNROLL for (int i = 0; i < TILE; i++) UNROLL for (int j = 0; j < VECTORS; j++) if (j < (vectors))
 
-/* Compilers order a step's loads as they like: clang broadcasts a number for each row before it uses the first, and runs out of
- * registers; gcc, where there are 16, reads a row's vectors from the cache again for each number. No load moves across a
+/* Where compilers load a step's numbers is their affair: clang broadcasts one for each row before it uses the first, and runs
+ * out of registers; gcc, where there are 16, reads a row's vectors from the cache again for each number. No load moves across a
  * statement that they cannot look into, and what such a statement may change is in a register after it. */
+#if defined(__clang__)
 #define KEEP_ORDER __asm__ volatile("")
+#else
+#define KEEP_ORDER (void)0
+#endif
 #if defined(__AVX__) && !defined(__AVX512F__)
 #define KEEP_IN_REGISTER(vector) __asm__("" : "+x"(vector))
 #define UNROLL_STEPS _Pragma("GCC unroll 4")
