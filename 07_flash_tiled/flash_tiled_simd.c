@@ -104,8 +104,8 @@ INLINE void weigh(FlashBlock *block, float *p, int keys, int from, int vectors)
 }
 
 /* out += p^T V, TILE numbers of each value at a time. Meanwhile memory is asked for the next tile: by every other step for
- * its keys, else for its values, a row each time that a value is multiplied. Not so with shorter vectors: such a processor's
- * first cache has 32 KiB, and a tile's values lose their place in it to what they need not wait for. */
+ * its keys, else for its values, a row each time that a value is multiplied. With shorter vectors score_tile()
+ * has asked: here the requests would drive the values out of a first cache of 32 KiB. */
 INLINE void add_values(FlashBlock *block, const float *p, int key, int keys, int from, int vectors)
 {
     int HS = block->s->head_size;
