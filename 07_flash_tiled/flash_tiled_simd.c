@@ -1,17 +1,15 @@
 /* Attention near the multiply-add peak. The contract is in the header; this is how it is done, and why.
  *
- * - Lanes are queries. A vector holds one number of LANES different queries, so that a row's maximum, sum and
- *   weights never leave their lane: nothing is added up across a vector. Keys and values are read number by
- *   number, as they lie in memory, and broadcast. Only the queries are transposed, once a block, and the output
- *   back.
- * - Sums stay in registers. Both products are multiply_add(): TILE x VECTORS sums, so that each number loaded is
- *   used several times and the multiply-add units do not wait for memory.
- * - The score comes out as an exponent. scale and log2 e are multiplied into the queries once, and the sums start
- *   at -m: after the product there is nothing left to do but 2^x.
- * - The maximum is lazy. Softmax needs no maximum but a number near it. m follows only where a score has
- *   outgrown it by 2^headroom, which is looked at once a tile; then the tile is scored again.
- * - FLASH_KEYS keys a tile: their weights stay in the cache between the two products, and the output is loaded
- *   and stored once for all of them.
+ * - Lanes are queries. A vector holds one number of LANES different queries, so that a row's maximum, sum and weights never
+ *   leave their lane: nothing is added up across a vector. Keys and values are read number by number, as they lie in memory,
+ *   and broadcast. Only the queries are transposed, once a block, and the output back.
+ * - Sums stay in registers. Both products are multiply_add(): TILE x VECTORS sums, so that each number loaded is used several
+ *   times and the multiply-add units do not wait for memory.
+ * - The score comes out as an exponent. scale and log2 e are multiplied into the queries once, and the sums start at -m: after
+ *   the product there is nothing left to do but 2^x.
+ * - The maximum is lazy. Softmax needs no maximum but a number near it. m follows only where a score has outgrown it by
+ *   2^headroom, which is looked at once a tile; then the tile is scored again.
+ * - FLASH_KEYS keys a tile: their weights stay in the cache between both products, the output is loaded and stored once for all.
  * - What no row sees is left out, down to single vectors of rows along the diagonal of a causal mask. */
 #include "flash_tiled_simd.h"
 
@@ -103,27 +101,29 @@ INLINE void weigh(FlashBlock *block, float *p, int keys, int from, int vectors)
         ((Vector *)block->l)[from + j] += sum[j];
 }
 
-/* out += p^T V, TILE numbers of each value at a time. Meanwhile memory is asked for the next tile: by every other step for
- * its keys, else for its values, a row each time that a value is multiplied. With shorter vectors score_tile()
- * has asked: here the requests would drive the values out of a first cache of 32 KiB. */
+/* out += p^T V for n <= TILE numbers of each value, from d on. Meanwhile memory is asked for the next tile's keys or values, a row
+ * for each row multiplied; with shorter vectors score_tile() has: here that drives values out of a first cache of 32 KiB. */
+INLINE void add_few(FlashBlock *block, const float *p, int d, int n, int key, int keys, int from, int vectors)
+{
+    flash_look_ahead(block);
+    Vector c[TILE][VECTORS], *out = (Vector *)block->out_columns + (size_t)d * VECTORS + from;
+    const float *v[TILE], *first = block->v + (size_t)key * block->key_step + d;
+    const float *next = (d / TILE % 2 ? block->v : block->k) + (size_t)(key + keys) * block->key_step + d;
+    for (int i = 0; i < TILE; i++) /* past the last: the last again; out_columns has room for the results */
+        v[i] = first + smaller(i, n - 1);
+    EACH_VECTOR(i, j, vectors)
+        c[i][j] = out[i * VECTORS + j];
+    multiply_add_ahead(c, vectors, v, block->key_step, p + from * LANES, FLASH_ROWS, keys, LANES == 16, next);
+    EACH_VECTOR(i, j, vectors)
+        out[i * VECTORS + j] = c[i][j];
+}
 INLINE void add_values(FlashBlock *block, const float *p, int key, int keys, int from, int vectors)
 {
-    int HS = block->s->head_size;
-    for (int d = 0; d < HS; d += TILE) {
-        flash_look_ahead(block);
-        Vector c[TILE][VECTORS];
-        Vector *out = (Vector *)block->out_columns + (size_t)d * VECTORS + from;
-        const float *v[TILE]; /* past the last: the last again; out_columns has room for the results */
-        for (int i = 0; i < TILE; i++)
-            v[i] = block->v + (size_t)key * block->key_step + smaller(d + i, HS - 1);
-        EACH_VECTOR(i, j, vectors)
-            c[i][j] = out[i * VECTORS + j];
-        const float *next = (d / TILE % 2 ? block->v : block->k) + (size_t)(key + keys) * block->key_step + d;
-        multiply_add_ahead(c, vectors, v, block->key_step, p + from * LANES, FLASH_ROWS, keys,
-                           LANES < 16 ? NULL : next);
-        EACH_VECTOR(i, j, vectors)
-            out[i * VECTORS + j] = c[i][j];
-    }
+    int d = 0, HS = block->s->head_size;
+    for (; d + TILE <= HS; d += TILE) /* TILE is a constant: so one address does for all */
+        add_few(block, p, d, TILE, key, keys, from, vectors);
+    if (d < HS)
+        add_few(block, p, d, HS - d, key, keys, from, vectors);
 }
 
 INLINE void attend_tile(FlashBlock *block, int key, int keys, bool ask, int from, int vectors)

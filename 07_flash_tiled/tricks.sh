@@ -31,12 +31,12 @@ edit flash_tiled_simd.c 'const float *k[TILE];' 'float copy[TILE * HS];
         const float *k[TILE];'
 edit flash_tiled_simd.c 'k[i] = block->k + (size_t)(key + smaller(i0 + i, keys - 1)) * block->key_step + d;' \
     'k[i] = d + (float *)memcpy(copy + i * HS, block->k + (size_t)(key + smaller(i0 + i, keys - 1)) * block->key_step, HS * sizeof *copy);'
-edit flash_tiled_simd.c 'for (int d = 0; d < HS; d += TILE) {' 'float copy[FLASH_KEYS * HS];
-    for (int i = 0; i < keys; i++)
-        memcpy(copy + i * HS, block->v + (size_t)(key + i) * block->key_step, HS * sizeof *copy);
-    for (int d = 0; d < HS; d += TILE) {'
-edit flash_tiled_simd.c 'v[i] = block->v + (size_t)key * block->key_step + ' 'v[i] = copy + '
-edit flash_tiled_simd.c 'multiply_add_ahead(c, vectors, v, block->key_step, ' 'multiply_add_ahead(c, vectors, v, HS, '
+edit flash_tiled_simd.c 'static const float headroom' 'static _Thread_local float copies[FLASH_KEYS * 256];
+static const float headroom'
+edit flash_tiled_simd.c 'flash_look_ahead(block);' 'for (int i = 0; d == 0 && i < keys; i++)
+        memcpy(copies + i * block->key_step, block->v + (size_t)(key + i) * block->key_step, block->key_step * sizeof *copies);
+    flash_look_ahead(block);'
+edit flash_tiled_simd.c '*first = block->v + (size_t)key * block->key_step + d;' '*first = copies + d;'
 
 trick keys '16 keys a tile' \
     'with 128 the output is loaded and stored an eighth as often'
@@ -72,7 +72,7 @@ edit flash_tiled_simd.c 'top[j] = vector_max(scores[i * VECTORS + j], top[j]);' 
 
 trick prefetch 'no tile is fetched ahead' \
     'while one tile is multiplied, memory is asked for the next, a few rows at a time'
-edit flash_tiled_simd.c 'LANES < 16 ? NULL : next);' '((void)next, NULL));'
+edit flash_tiled_simd.c 'LANES == 16, next);' 'false, next);'
 edit flash_tiled_simd.c 'LANES < 16 && block->leads' 'false'
 
 trick team 'each block of queries walks along the keys alone' \

@@ -6,6 +6,7 @@
 #ifndef COMMON_VECTORS_H
 #define COMMON_VECTORS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -201,13 +202,14 @@ INLINE void transpose(Vector row[LANES])
 /* c[i][j] += the sum over k < n of a[i][k * a_step] * b[k * b_step][j]: TILE numbers of a, each broadcast to a
  * whole vector, by up to VECTORS vectors of b. b is aligned. It is always inlined with `vectors` a constant, and c
  * has a constant size: only so do all of c stay in registers.
- * ahead: what lies at ahead + k * a_step will soon be read, and is brought near meanwhile; NULL: nothing. */
+ * look: what lies at ahead + k * a_step will soon be read, and is brought near meanwhile. */
 INLINE void multiply_add_ahead(Vector c[TILE][VECTORS], int vectors, const float *const a[TILE],
-                               size_t a_step, const float *b, size_t b_step, int n, const float *ahead)
+                               size_t a_step, const float *b, size_t b_step, int n, bool look,
+                               const float *ahead)
 {
     UNROLL_STEPS for (int k = 0; k < n; k++, b += b_step)
     {
-        if (ahead)
+        if (look)
             __builtin_prefetch(ahead + k * a_step, 0, 2);
         Vector row[VECTORS];
         UNROLL for (int j = 0; j < VECTORS; j++) if (j < vectors)
@@ -225,7 +227,7 @@ INLINE void multiply_add_ahead(Vector c[TILE][VECTORS], int vectors, const float
 INLINE void multiply_add(Vector c[TILE][VECTORS], int vectors, const float *const a[TILE], size_t a_step,
                          const float *b, size_t b_step, int n)
 {
-    multiply_add_ahead(c, vectors, a, a_step, b, b_step, n, NULL);
+    multiply_add_ahead(c, vectors, a, a_step, b, b_step, n, false, NULL);
 }
 
 #endif
