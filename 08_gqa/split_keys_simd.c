@@ -4,9 +4,8 @@
  *   counts. All rows of a group meet a key when it is there.
  * - Keys, then values, are read as they lie in memory, from one end to the other. In that order the processor fetches
  *   ahead of its own accord; several keys side by side made it slower.
- * - Lanes run along a head. Registers hold what is used again for each key: part of the queries while keys go past, and
- *   part of the results while values do. They have no room for all of ROWS rows of a wide head, so that a few keys (STEP)
- *   go past twice, the second time from the nearest cache. Lest memory rest meanwhile, as many more are asked for.
+ * - Lanes run along a head. What is used again for each key, ROWS queries while keys go past and ROWS results while values do, is
+ *   in registers as far as these reach and else in the nearest cache: it costs less than to read a key in parts.
  * - The keys are split, for there may be more threads than key/value heads, and each split has its own maximum. */
 #include "split_keys_simd.h"
 
@@ -19,11 +18,13 @@ enum {
     SHORTEST = 256, /* keys of a split: few enough to share out a short cache, */
     LONGEST = 2048, /* and many, since each split begins by reading elsewhere */
     TASKS = 128,    /* what a problem is split into between those two */
-    STEP = 6,
+    STEP = 16,      /* keys that go past before the next columns of a head wider than COLUMNS vectors */
     ROWS = 4,
+    COLUMNS = 128 / LANES,
 };
 
-#define EACH(i, n, most) UNROLL for (int i = 0; i < (most); i++) if (i < (n))
+#define EACH_ROW(r) UNROLL for (int r = 0; r < ROWS; r++)
+#define EACH(j, n) UNROLL for (int j = 0; j < COLUMNS; j++) if (j < (n))
 
 /* ---- Partial results ---- */
 
@@ -107,65 +108,60 @@ typedef struct {
 } Meeting;
 
 /* weight[r][i] += q[r] . key i, of the columns d .. d + vectors * LANES - 1, or up to the row's end for a last vector;
- * for the rows row .. row + rows - 1 and the keys first .. end - 1. rows and vectors are constants where this is
- * inlined: so y stays in registers. */
-INLINE void multiply_keys(Meeting *t, int row, int rows, int vectors, int first, int end, int d)
+ * for the keys first .. end - 1. vectors is a constant where this is inlined: so y may stay in registers. */
+INLINE void multiply_keys(Meeting *t, int vectors, int first, int end, int d)
 {
     int n = vectors == 1 ? t->HS - d : LANES;
-    Vector y[ROWS][TILE];
-    EACH(r, rows, ROWS)
-        EACH(j, vectors, TILE)
-            y[r][j] = load_first(t->q[row + r] + d + j * LANES, n);
+    Vector y[ROWS][COLUMNS];
+    EACH_ROW(r)
+        EACH(j, vectors)
+            y[r][j] = load_first(t->q[r] + d + j * LANES, n);
     for (int i = first; i < end; i++) {
         const float *key = t->k + (size_t)i * t->HS + d;
         Vector sum[ROWS] = {0};
-        EACH(j, vectors, TILE) {
-            __builtin_prefetch(key + STEP * t->HS + j * LANES);
+        EACH(j, vectors) {
             Vector x = load_first(key + j * LANES, n);
-            EACH(r, rows, ROWS)
+            EACH_ROW(r)
                 sum[r] += y[r][j] * x;
         }
-        EACH(r, rows, ROWS)
-            t->weight[row + r][i] = (d > 0 ? t->weight[row + r][i] : 0) + sum_lanes(sum[r]);
+        EACH_ROW(r)
+            t->weight[r][i] = (d > 0 ? t->weight[r][i] : 0) + sum_lanes(sum[r]);
     }
 }
 
 /* o[r] += the sum over i of weight[r][i] * value i; likewise. */
-INLINE void add_values(Meeting *t, int row, int rows, int vectors, int first, int end, int d)
+INLINE void add_values(Meeting *t, int vectors, int first, int end, int d)
 {
     int n = vectors == 1 ? t->HS - d : LANES;
-    Vector c[ROWS][TILE];
-    EACH(r, rows, ROWS)
-        EACH(j, vectors, TILE)
-            c[r][j] = ((Vector *)(t->o[row + r] + d))[j];
+    Vector c[ROWS][COLUMNS];
+    EACH_ROW(r)
+        EACH(j, vectors)
+            c[r][j] = ((Vector *)(t->o[r] + d))[j];
     for (int i = first; i < end; i++) {
         const float *value = t->v + (size_t)i * t->HS + d;
-        EACH(j, vectors, TILE) {
-            __builtin_prefetch(value + STEP * t->HS + j * LANES);
+        EACH(j, vectors) {
             Vector x = load_first(value + j * LANES, n);
-            EACH(r, rows, ROWS)
-                c[r][j] += t->weight[row + r][i] * x;
+            EACH_ROW(r)
+                c[r][j] += t->weight[r][i] * x;
         }
     }
-    EACH(r, rows, ROWS)
-        EACH(j, vectors, TILE)
-            ((Vector *)(t->o[row + r] + d))[j] = c[r][j];
+    EACH_ROW(r)
+        EACH(j, vectors)
+            ((Vector *)(t->o[r] + d))[j] = c[r][j];
 }
 
-/* One of the two for all rows, keys and columns, in pieces that registers hold: 3 + 1 rows of wide heads. */
-INLINE void for_all(Meeting *t, void (*piece)(Meeting *, int, int, int, int, int, int))
+/* One of the two for all keys and columns. */
+INLINE void for_all(Meeting *t, void (*piece)(Meeting *, int, int, int, int))
 {
-    enum { WIDE = TILE * LANES, HALF = WIDE / 2 };
+    enum { WIDE = COLUMNS * LANES, HALF = WIDE / 2 };
     for (int first = 0; first < t->keys; first += STEP) {
         int end = smaller(first + STEP, t->keys), d = 0;
-        for (; d + WIDE <= t->HS; d += WIDE) {
-            piece(t, 0, 3, TILE, first, end, d);
-            piece(t, 3, 1, TILE, first, end, d);
-        }
+        for (; d + WIDE <= t->HS; d += WIDE)
+            piece(t, COLUMNS, first, end, d);
         for (; d + HALF <= t->HS; d += HALF)
-            piece(t, 0, ROWS, TILE / 2, first, end, d);
+            piece(t, COLUMNS / 2, first, end, d);
         for (; d < t->HS; d += LANES)
-            piece(t, 0, ROWS, 1, first, end, d);
+            piece(t, 1, first, end, d);
     }
 }
 
