@@ -82,6 +82,8 @@ static void attend_view(const FlashView *view, float *scratch, const BlockMask *
             flash_begin_in_view(&x->block, view, own + pieces * flash_scratch(s->head_size), s, bh, x->t0,
                                 x->t1, ahead);
         }
+        for (int p = 0; p < pieces; p++)
+            piece[p].block.leads = p == pieces - 1;
         const ListedBlock *list = block_list(mask, (int)(bh / s->heads), (int)(bh % s->heads), i, &listed);
         for (int j = 0; j < listed; j++)
             for (int p = 0; p < pieces; p++)
