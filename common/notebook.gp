@@ -14,6 +14,7 @@ set title title_text . "\n" . machine noenhanced
 set yrange [0:*]
 set offsets 0.3, 0.6, 0, 0
 set rmargin 6
+set tmargin at screen 0.82 # below the three names
 unset key
 ours = "#1b6ca8"; installed = "#d9853b"; forced = "#8a8a8a"
 set label 1 "this book" at screen 0.98, 0.97 right textcolor rgb ours
