@@ -20,7 +20,7 @@ enum {
     TASKS = 128,    /* what a problem is split into between those two */
     STEP = 16,      /* keys that go past before the next columns of a head wider than COLUMNS vectors */
     ROWS = 4,
-    COLUMNS = 128 / LANES,
+    COLUMNS = 128 / LANES, /* vectors of a row that are read at once */
 };
 
 #define EACH_ROW(r) UNROLL for (int r = 0; r < ROWS; r++)

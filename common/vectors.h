@@ -202,7 +202,7 @@ INLINE void transpose(Vector row[LANES])
 /* c[i][j] += the sum over k < n of a[i][k * a_step] * b[k * b_step][j]: TILE numbers of a, each broadcast to a
  * whole vector, by up to VECTORS vectors of b. b is aligned. It is always inlined with `vectors` a constant, and c
  * has a constant size: only so do all of c stay in registers.
- * look: what lies at ahead + k * a_step will soon be read, and is brought near meanwhile. */
+ * look, a constant too: what lies at ahead + k * a_step will soon be read, and is brought near meanwhile. */
 INLINE void multiply_add_ahead(Vector c[TILE][VECTORS], int vectors, const float *const a[TILE],
                                size_t a_step, const float *b, size_t b_step, int n, bool look,
                                const float *ahead)
