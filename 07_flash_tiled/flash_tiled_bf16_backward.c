@@ -13,6 +13,7 @@
 
 #include "flash_dropout.h"
 #include "flash_tiled_simd.h"
+#include "threads.h"
 
 static const float forbidden = -1;
 
@@ -23,8 +24,8 @@ enum {
     KEY_UNIT = KEY_STEP % (2 * DEEP) ? 2 * KEY_STEP : KEY_STEP, /* whole steps of all products */
     ROW_UNIT = PANEL > 2 * DEEP ? PANEL : 2 * DEEP,             /* likewise */
     WIDE = 2 * LANES,                                           /* numbers of a head in one product dQ */
-    SHARES = 32,     /* with fewer heads (B * NH), their keys are shared out */
-    MOST_LISTS = 64, /* how many lists of work there are at most */
+    SHARES = 32,       /* with fewer heads (B * NH), their keys are shared out */
+    MOST_THREADS = 64, /* each with scratch of its own */
 };
 
 /* What a task works in. width is HS rounded up to WIDE, pairs half of that. */
@@ -299,14 +300,14 @@ size_t bf16_gradient_sums(const AttentionShape *s)
     return all_tasks(s) * task_sums(s);
 }
 
-static size_t lists(const AttentionShape *s)
+static int most_threads(const AttentionShape *s)
 {
-    return all_tasks(s) < MOST_LISTS ? all_tasks(s) : MOST_LISTS;
+    return all_tasks(s) < MOST_THREADS ? (int)all_tasks(s) : MOST_THREADS;
 }
 
 size_t bf16_backward_scratch(const AttentionShape *s)
 {
-    return lists(s) * scratch_size(s);
+    return most_threads(s) * scratch_size(s);
 }
 
 /* A gradient (TK,HS) = factor times the transposed sums; zeros for keys that nobody may see. */
@@ -383,17 +384,17 @@ static void finish_row(const Bf16Backward *g, const float *sums, const Attention
 void attention_bf16_backward(const Bf16Backward *g, float *delta, float *sums, float *copies, float *scratch,
                              const AttentionShape *s)
 {
-    size_t n = lists(s), tasks = all_tasks(s), floats = scratch_size(s), HS = s->head_size;
+    size_t floats = scratch_size(s), HS = s->head_size;
+    int threads = smaller(omp_get_max_threads(), most_threads(s));
 #pragma omp parallel for
     for (size_t row = 0; row < lse_count(s); row++)
         delta[row] = row_delta(g->dout + row * HS, g->out + row * HS, (int)HS);
 #pragma omp parallel for
     for (size_t i = 0; i < (size_t)s->batch * s->heads * query_blocks(s); i++)
         copy_queries(copies, g, s, i);
-#pragma omp parallel for schedule(dynamic)
-    for (size_t i = 0; i < n; i++)
-        for (size_t task = tasks * i / n; task < tasks * (i + 1) / n; task++)
-            task_gradient(g, delta, sums, copies, scratch + i * floats, s, task);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (size_t task = 0; task < all_tasks(s); task++)
+        task_gradient(g, delta, sums, copies, scratch + omp_get_thread_num() * floats, s, task);
 #pragma omp parallel for
     for (size_t row = 0; row < lse_count(s); row++)
         finish_row(g, sums, s, row);

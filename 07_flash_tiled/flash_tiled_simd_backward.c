@@ -11,8 +11,9 @@
  *   of such queries, comes out right, and dQ finds scale and log2 e in K.
  * - Long sums. A tile of dK and dV is loaded and stored once for FLASH_BACK_ROWS queries, one of dQ once for
  *   FLASH_BACK_KEYS keys: the longer the sum, the less that weighs.
- * - Softmax is a pass of its own, as the products need nearly all registers.
- * - Memory is asked for ahead: the next queries while a tile of these is copied, a row of dq while it is weighed.
+ * - The products need nearly all registers, so softmax has to wait for a tile's end; but not longer, as then it would have
+ *   to fetch all from the second cache.
+ * - Memory is asked for ahead: the next queries, and dq, while these are copied.
  * - What no query sees is left out: TILE queries at a time know which keys they see, and all five products keep to it. */
 #include "flash_tiled_simd_backward.h"
 
@@ -71,7 +72,7 @@ INLINE const float *row_of(const FlashBackBlock *x, int r, bool is_q)
                 : x->g->dout + x->b * view->out_batch + x->h * view->out_head + t * view->out_token;
 }
 
-/* Reads it, Q times scale and log2 e; zeros from row `rows` on. Memory is asked for the next queries' row. */
+/* Reads it, Q times scale and log2 e; zeros from row `rows` on. Memory is asked for the next queries' row, and for dq's. */
 INLINE void read_row(const FlashBackBlock *x, int r, bool is_q)
 {
     const float *from = row_of(x, r, is_q), *next = row_of(x, r + ROWS, is_q);
@@ -80,6 +81,8 @@ INLINE void read_row(const FlashBackBlock *x, int r, bool is_q)
     for (int d = 0; d < width; d += LANES) {
         *(Vector *)(to + d) = factor * load_first(from + d, n - d);
         __builtin_prefetch(next + d, 0, 2);
+        if (!is_q)
+            __builtin_prefetch(x->dq + (size_t)r * x->dq_token + d, 1, 2);
     }
 }
 
@@ -100,25 +103,26 @@ static bool is_sure(const FlashSight *sight, int key, int keys)
 }
 
 /* S - lse of TILE queries by some vectors of keys, or dP. S is summed up in forward's order: so large scores lose little. */
-INLINE void multiply_tile(const FlashBackBlock *x, float *to, const float *left, const float *columns,
-                          bool is_score, int r, int key, int vectors)
+INLINE void multiply_tile(const FlashBackBlock *x, bool is_score, int r, int key, int vectors)
 {
     int HS = x->s->head_size, part = is_score ? SHORT_SUM : HS;
     bool ask = is_score && !is_sure(&x->sight[r / TILE], key, vectors * LANES);
-    size_t at = (size_t)r * KEYS + key;
-    Vector c[TILE][VECTORS];
-    const float *a[TILE];
+    const float *columns = is_score ? x->k_columns : x->v_columns, *lse = x->lse + r, *a[TILE];
+    float *to = (is_score ? x->weights : x->d_scores) + (size_t)r * KEYS + key;
     for (int i = 0; i < TILE; i++)
-        a[i] = left + (size_t)(r + i) * x->width;
+        a[i] = (is_score ? x->q : x->dout) + (size_t)(r + i) * x->width;
     for (int d = 0; d < HS; d += part) {
-        EACH_VECTOR(i, j, vectors)
-            c[i][j] = (Vector){0} - (is_score && d == 0 ? x->lse[r + i] : 0);
-        if (ask && d == 0)
-            EACH_VECTOR(i, j, vectors)
-                c[i][j] += ((const Vector *)(to + at + i * KEYS))[j];
+        Vector c[TILE][VECTORS];
+        FORGET(to);
+        FORGET(lse);
+        EACH_VECTOR(i, j, vectors) {
+            c[i][j] = (Vector){0} - (is_score && d == 0 ? lse[i] : 0);
+            if (ask && d == 0)
+                c[i][j] += ((const Vector *)(to + i * KEYS))[j];
+        }
         multiply_add(c, vectors, a, 1, columns + (size_t)d * KEYS + key, KEYS, smaller(part, HS - d));
         EACH_VECTOR(i, j, vectors) {
-            Vector *sum = (Vector *)(to + at + i * KEYS) + j;
+            Vector *sum = (Vector *)(to + i * KEYS) + j;
             if (d)
                 c[i][j] += *sum;
             *sum = ask ? vector_select(*sum == -INFINITY, *sum, c[i][j]) : c[i][j];
@@ -128,43 +132,46 @@ INLINE void multiply_tile(const FlashBackBlock *x, float *to, const float *left,
     }
 }
 
-/* The same for all queries and the keys that they see. Columns of STEP keys stay in the cache for all of them. */
-INLINE void multiply_keys(const FlashBackBlock *x, float *to, const float *left, const float *columns,
-                          bool is_score)
+/* D and dS of such a tile, of which there were S - lse and dP: the softmax and its gradient. */
+INLINE void weigh_tile(const FlashBackBlock *x, int r, int key, int vectors)
 {
-    for (int key = 0; key < KEYS; key += STEP)
-        for (int r = 0; r < x->rows; r += TILE) {
-            const FlashSight *sight = &x->sight[r / TILE];
-            for (int i = 0; key == 0 && i < TILE; i++)
-                read_row(x, r + i, is_score);
-            int from = larger(key, sight->from), end = smaller(key + STEP, round_up(sight->to, UNIT));
-            switch (larger(0, end - from) / LANES) { /* constants: so the sums stay in registers */
-            case 1: multiply_tile(x, to, left, columns, is_score, r, from, 1); break;
-            case 2: multiply_tile(x, to, left, columns, is_score, r, from, 2); break;
-            case 3: multiply_tile(x, to, left, columns, is_score, r, from, 3); break;
-            }
+    bool sure = is_sure(&x->sight[r / TILE], key, vectors * LANES);
+    EACH_VECTOR(i, j, vectors) {
+        size_t at = (size_t)(r + i) * KEYS + key + j * LANES;
+        Vector *weight = (Vector *)(x->weights + at), *d_score = (Vector *)(x->d_scores + at);
+        Vector w = exp2_vector(*weight), one = (Vector){0} + 1;
+        if (sure) {
+            *weight = w;
+            *d_score = ln2 * w * (*d_score - x->delta[r + i]);
+        } else {
+            Vector kept = x->s->dropout > 0 ? *(const Vector *)(x->kept + at) : one;
+            IntVector never = *weight == -INFINITY;
+            *d_score = vector_select(never, (Vector){0}, ln2 * w * (kept * *d_score - x->delta[r + i]));
+            *weight = w * kept;
         }
+    }
 }
 
-/* D and dS, of which there were S - lse and dP: the softmax and its gradient. */
-static void weigh_row(const FlashBackBlock *x, int r)
+/* A tile's scores; then, when all have theirs, its dP, and what follows from both while they are near. */
+INLINE void meet_tile(const FlashBackBlock *x, bool is_score, int r, int key, int vectors)
 {
-    const FlashSight *sight = &x->sight[r / TILE];
-    float delta = x->delta[r];
-    for (int d = 0; d < x->s->head_size; d += LANES)
-        __builtin_prefetch(x->dq + (size_t)r * x->dq_token + d, 1, 2);
-    for (int key = sight->from; key < round_up(sight->to, UNIT); key += LANES) {
-        size_t at = (size_t)r * KEYS + key;
-        Vector *weight = (Vector *)(x->weights + at), *d_score = (Vector *)(x->d_scores + at);
-        if (is_sure(sight, key, LANES)) {
-            *weight = exp2_vector(*weight);
-            *d_score = ln2 * *weight * (*d_score - delta);
-        } else {
-            Vector one = (Vector){0} + 1, kept = x->s->dropout > 0 ? *(const Vector *)(x->kept + at) : one;
-            Vector w = exp2_vector(*weight);
-            IntVector never = *weight == -INFINITY;
-            *d_score = vector_select(never, (Vector){0}, ln2 * w * (kept * *d_score - delta));
-            *weight = w * kept;
+    multiply_tile(x, is_score, r, key, vectors);
+    if (!is_score)
+        weigh_tile(x, r, key, vectors);
+}
+
+/* The same for all queries and what they see of STEP keys, whose columns stay in the cache for all of them. */
+INLINE void meet_keys(const FlashBackBlock *x, bool is_score, int key)
+{
+    for (int r = 0; r < x->rows; r += TILE) {
+        const FlashSight *sight = &x->sight[r / TILE];
+        for (int i = 0; key == 0 && i < TILE; i++)
+            read_row(x, r + i, is_score);
+        int from = larger(key, sight->from), end = smaller(key + STEP, round_up(sight->to, UNIT));
+        switch (larger(0, end - from) / LANES) { /* constants: so the sums stay in registers */
+        case 1: meet_tile(x, is_score, r, from, 1); break;
+        case 2: meet_tile(x, is_score, r, from, 2); break;
+        case 3: meet_tile(x, is_score, r, from, 3); break;
         }
     }
 }
@@ -180,6 +187,7 @@ INLINE void add_vectors(float *to, size_t step, int rows, int n, int vectors, co
     EACH_VECTOR(i, j, vectors)
         c[i][j] = load_first(to + i * step + j * LANES, i < rows ? n - j * LANES : 0);
     multiply_add(c, vectors, row, a_step, b, width, terms);
+    FORGET(to);
     EACH_VECTOR(i, j, vectors)
         store_first(to + i * step + j * LANES, c[i][j], i < rows ? n - j * LANES : 0);
 }
@@ -235,10 +243,10 @@ bool flash_back_weigh(FlashBackBlock *x)
     read_sums(x);
     for (int r = 0; r < round_up(x->rows, TILE); r++)
         flash_ask_row(x, r);
-    multiply_keys(x, x->weights, x->q, x->k_columns, true);
-    multiply_keys(x, x->d_scores, x->dout, x->v_columns, false);
-    for (int r = 0; r < round_up(x->rows, TILE); r++)
-        weigh_row(x, r);
+    for (int key = 0; key < KEYS; key += STEP) {
+        meet_keys(x, true, key);
+        meet_keys(x, false, key);
+    }
     return true;
 }
 

@@ -15,8 +15,8 @@ enum {
     FLASH_BACK_KEYS = 288,                         /* keys of a tile */
     FLASH_BACK_UNIT = LANES > TILE ? LANES : TILE, /* what TILE queries see begins at multiples of it */
     FLASH_BACK_STEP = VECTORS * LANES,             /* keys of a register tile of scores */
-    FLASH_BACK_SHARES = 16, /* with fewer key/value heads (B * NKV), their keys are shared out */
-    FLASH_BACK_LISTS = 32,  /* how many lists of work there are at most */
+    FLASH_BACK_SHARES = 16,  /* with fewer key/value heads (B * NKV), their keys are shared out */
+    FLASH_BACK_THREADS = 32, /* at most */
 };
 
 /* What a caller knows of the mask beyond attends(): chapter 9's block lists. NULL: nothing. */

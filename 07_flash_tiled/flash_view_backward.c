@@ -2,6 +2,8 @@
  * flash_tiled_simd_backward.h. */
 #include "flash_tiled_simd_backward.h"
 
+#include "threads.h"
+
 enum {
     ROWS = FLASH_BACK_ROWS,
     KEYS = FLASH_BACK_KEYS,
@@ -269,11 +271,11 @@ static size_t bias_jobs(const AttentionShape *s)
     return s->bias && !bias_is_own(s) ? flash_bias_jobs(s) : 0;
 }
 
-/* Lists that the jobs are cut into, each with scratch of its own. */
-static size_t lists(const AttentionShape *s)
+/* Each has scratch of its own, and keeps it from job to job: it stays in the cache. */
+static int most_threads(const AttentionShape *s)
 {
     size_t most = jobs(s) > bias_jobs(s) ? jobs(s) : bias_jobs(s);
-    return most < FLASH_BACK_LISTS ? most : FLASH_BACK_LISTS;
+    return most < FLASH_BACK_THREADS ? larger(1, (int)most) : FLASH_BACK_THREADS;
 }
 
 size_t flash_backward_partials(const AttentionShape *s)
@@ -283,26 +285,26 @@ size_t flash_backward_partials(const AttentionShape *s)
 
 size_t flash_backward_scratch(const AttentionShape *s)
 {
-    return lists(s) * flash_back_block_floats(s->head_size);
+    return most_threads(s) * flash_back_block_floats(s->head_size);
 }
 
 void flash_attention_backward(const FlashBackward *g, float *delta, float *partial, float *scratch,
                               const AttentionShape *s)
 {
-    size_t n = lists(s), floats = flash_back_block_floats(s->head_size);
+    int threads = smaller(omp_get_max_threads(), most_threads(s));
+    size_t floats = flash_back_block_floats(s->head_size);
     const FlashBackBlock x = {.g = g, .s = s, .deltas = delta, .dq = g->dq};
     row_deltas(delta, g, s);
     if (s->bias && !flash_bias_is_of_pairs(s))
         memset(g->dbias, 0, broadcast_of(s).elements * sizeof *g->dbias);
-#pragma omp parallel for schedule(dynamic)
-    for (size_t i = 0; i < n; i++)
-        for (size_t job = jobs(s) * i / n; job < jobs(s) * (i + 1) / n; job++)
-            task_gradient(x, partial, scratch + i * floats, job);
-    add_partials(g, partial, s);
-#pragma omp parallel for schedule(dynamic)
-    for (size_t i = 0; i < n; i++)
-        for (size_t job = bias_jobs(s) * i / n; job < bias_jobs(s) * (i + 1) / n; job++)
-            flash_bias_gradient(x, scratch + i * floats, job);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (size_t job = 0; job < jobs(s); job++)
+        task_gradient(x, partial, scratch + omp_get_thread_num() * floats, job);
+    if (chunks(s) > 1)
+        add_partials(g, partial, s);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (size_t job = 0; job < bias_jobs(s); job++)
+        flash_bias_gradient(x, scratch + omp_get_thread_num() * floats, job);
 }
 
 FlashBackward flash_backward(const AttentionBackward *a, const AttentionShape *s)
