@@ -11,8 +11,8 @@
  *   of such queries, comes out right, and dQ finds scale and log2 e in K.
  * - Long sums. A tile of dK and dV is loaded and stored once for FLASH_BACK_ROWS queries, one of dQ once for
  *   FLASH_BACK_KEYS keys: the longer the sum, the less that weighs.
- * - The products need nearly all registers, so softmax has to wait for a tile's end; but not longer, as then it would have
- *   to fetch all from the second cache.
+ * - Softmax and its gradient are made of dP while a tile of it is still in registers: a pass of their own would fetch all
+ *   from the second cache.
  * - Memory is asked for ahead: the next queries, and dq, while these are copied.
  * - What no query sees is left out: TILE queries at a time know which keys they see, and all five products keep to it. */
 #include "flash_tiled_simd_backward.h"
@@ -86,81 +86,71 @@ INLINE void read_row(const FlashBackBlock *x, int r, bool is_q)
     }
 }
 
-/* lse and delta; rows from `rows` on see nothing. */
-static void read_sums(FlashBackBlock *x)
-{
-    size_t first = lse_index(x->s, x->b, x->h, x->t);
-    for (int r = 0; r < round_up(x->rows, TILE); r++) {
-        float lse = r < x->rows ? x->g->view.lse[first + r] : -INFINITY;
-        x->lse[r] = lse == -INFINITY ? INFINITY : log2e * lse; /* 2^(score - inf) = 0 */
-        x->delta[r] = r < x->rows ? x->deltas[first + r] : 0;
-    }
-}
-
 static bool is_sure(const FlashSight *sight, int key, int keys)
 {
     return sight->sure_from <= key && key + keys <= sight->sure_to;
 }
 
-/* S - lse of TILE queries by some vectors of keys, or dP. S is summed up in forward's order: so large scores lose little. */
-INLINE void multiply_tile(const FlashBackBlock *x, bool is_score, int r, int key, int vectors)
+/* S - lse of TILE queries by some vectors of keys, summed up in forward's order: so large scores lose little. */
+INLINE void score_tile(const FlashBackBlock *x, int r, int key, int vectors)
 {
-    int HS = x->s->head_size, part = is_score ? SHORT_SUM : HS;
-    bool ask = is_score && !is_sure(&x->sight[r / TILE], key, vectors * LANES);
-    const float *columns = is_score ? x->k_columns : x->v_columns, *lse = x->lse + r, *a[TILE];
-    float *to = (is_score ? x->weights : x->d_scores) + (size_t)r * KEYS + key;
-    for (int i = 0; i < TILE; i++)
-        a[i] = (is_score ? x->q : x->dout) + (size_t)(r + i) * x->width;
-    for (int d = 0; d < HS; d += part) {
+    int HS = x->s->head_size;
+    bool ask = !is_sure(&x->sight[r / TILE], key, vectors * LANES);
+    float *to = x->weights + (size_t)r * KEYS + key;
+    const float *lse = x->lse + r, *q[TILE];
+    for (int d = 0; d < HS; d += SHORT_SUM) {
         Vector c[TILE][VECTORS];
+        for (int i = 0; i < TILE; i++)
+            q[i] = x->q + (size_t)(r + i) * x->width + d;
         FORGET(to);
         FORGET(lse);
         EACH_VECTOR(i, j, vectors) {
-            c[i][j] = (Vector){0} - (is_score && d == 0 ? lse[i] : 0);
+            c[i][j] = (Vector){0} - (d ? 0 : lse[i]);
             if (ask && d == 0)
                 c[i][j] += ((const Vector *)(to + i * KEYS))[j];
         }
-        multiply_add(c, vectors, a, 1, columns + (size_t)d * KEYS + key, KEYS, smaller(part, HS - d));
+        multiply_add(c, vectors, q, 1, x->k_columns + (size_t)d * KEYS + key, KEYS,
+                     smaller(SHORT_SUM, HS - d));
         EACH_VECTOR(i, j, vectors) {
             Vector *sum = (Vector *)(to + i * KEYS) + j;
             if (d)
                 c[i][j] += *sum;
             *sum = ask ? vector_select(*sum == -INFINITY, *sum, c[i][j]) : c[i][j];
         }
-        for (int i = 0; i < TILE; i++)
-            a[i] += part;
     }
 }
 
-/* D and dS of such a tile, of which there were S - lse and dP: the softmax and its gradient. */
+/* D in their place, and dS: the softmax and its gradient. */
 INLINE void weigh_tile(const FlashBackBlock *x, int r, int key, int vectors)
 {
     bool sure = is_sure(&x->sight[r / TILE], key, vectors * LANES);
+    size_t at = (size_t)r * KEYS + key;
+    float *weights = x->weights + at, *d_scores = x->d_scores + at;
+    const float *delta = x->delta + r, *kept = x->s->dropout > 0 ? x->kept + at : NULL, *dout[TILE];
+    Vector dP[TILE][VECTORS];
+    for (int i = 0; i < TILE; i++)
+        dout[i] = x->dout + (size_t)(r + i) * x->width;
+    EACH_VECTOR(i, j, vectors)
+        dP[i][j] = (Vector){0};
+    multiply_add(dP, vectors, dout, 1, x->v_columns + key, KEYS, x->s->head_size);
+    FORGET(weights);
+    FORGET(d_scores);
     EACH_VECTOR(i, j, vectors) {
-        size_t at = (size_t)(r + i) * KEYS + key + j * LANES;
-        Vector *weight = (Vector *)(x->weights + at), *d_score = (Vector *)(x->d_scores + at);
-        Vector w = exp2_vector(*weight), one = (Vector){0} + 1;
+        Vector *weight = (Vector *)(weights + i * KEYS) + j, *d_score = (Vector *)(d_scores + i * KEYS) + j;
+        Vector score = *weight, w = exp2_vector(score), one = (Vector){0} + 1;
         if (sure) {
             *weight = w;
-            *d_score = ln2 * w * (*d_score - x->delta[r + i]);
+            *d_score = ln2 * w * (dP[i][j] - delta[i]);
         } else {
-            Vector kept = x->s->dropout > 0 ? *(const Vector *)(x->kept + at) : one;
-            IntVector never = *weight == -INFINITY;
-            *d_score = vector_select(never, (Vector){0}, ln2 * w * (kept * *d_score - x->delta[r + i]));
-            *weight = w * kept;
+            Vector factor = kept ? ((const Vector *)(kept + i * KEYS))[j] : one;
+            *weight = factor * w;
+            *d_score =
+                vector_select(score == -INFINITY, (Vector){0}, ln2 * w * (factor * dP[i][j] - delta[i]));
         }
     }
 }
 
-/* A tile's scores; then, when all have theirs, its dP, and what follows from both while they are near. */
-INLINE void meet_tile(const FlashBackBlock *x, bool is_score, int r, int key, int vectors)
-{
-    multiply_tile(x, is_score, r, key, vectors);
-    if (!is_score)
-        weigh_tile(x, r, key, vectors);
-}
-
-/* The same for all queries and what they see of STEP keys, whose columns stay in the cache for all of them. */
+/* First the scores of all queries with what they see of STEP keys, whose columns stay in the cache meanwhile; then the rest. */
 INLINE void meet_keys(const FlashBackBlock *x, bool is_score, int key)
 {
     for (int r = 0; r < x->rows; r += TILE) {
@@ -168,10 +158,14 @@ INLINE void meet_keys(const FlashBackBlock *x, bool is_score, int key)
         for (int i = 0; key == 0 && i < TILE; i++)
             read_row(x, r + i, is_score);
         int from = larger(key, sight->from), end = smaller(key + STEP, round_up(sight->to, UNIT));
-        switch (larger(0, end - from) / LANES) { /* constants: so the sums stay in registers */
-        case 1: meet_tile(x, is_score, r, from, 1); break;
-        case 2: meet_tile(x, is_score, r, from, 2); break;
-        case 3: meet_tile(x, is_score, r, from, 3); break;
+        switch (2 * (larger(0, end - from) / LANES) +
+                is_score) { /* constants: so the sums stay in registers */
+        case 2: weigh_tile(x, r, from, 1); break;
+        case 3: score_tile(x, r, from, 1); break;
+        case 4: weigh_tile(x, r, from, 2); break;
+        case 5: score_tile(x, r, from, 2); break;
+        case 6: weigh_tile(x, r, from, 3); break;
+        case 7: score_tile(x, r, from, 3); break;
         }
     }
 }
@@ -240,9 +234,7 @@ bool flash_back_weigh(FlashBackBlock *x)
 {
     if (!flash_back_look_ahead(x))
         return false;
-    read_sums(x);
-    for (int r = 0; r < round_up(x->rows, TILE); r++)
-        flash_ask_row(x, r);
+    flash_back_ask(x);
     for (int key = 0; key < KEYS; key += STEP) {
         meet_keys(x, true, key);
         meet_keys(x, false, key);

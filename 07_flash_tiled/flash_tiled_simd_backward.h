@@ -100,6 +100,9 @@ bool flash_back_next(FlashBackBlock *x, int t);
 /* sight and seen of these queries; false if none sees any key. */
 bool flash_back_look_ahead(FlashBackBlock *x);
 
+/* lse and delta of these queries, and what flash_ask_row() says of each; rows from `rows` on see nothing. */
+void flash_back_ask(FlashBackBlock *x);
+
 /* D and dS of these queries and keys, where the first see the second; false if none sees any. */
 bool flash_back_weigh(FlashBackBlock *x);
 

@@ -2,6 +2,8 @@
  * flash_tiled_simd_backward.h. */
 #include "flash_tiled_simd_backward.h"
 
+#include <math.h>
+
 #include "threads.h"
 
 enum {
@@ -93,6 +95,17 @@ bool flash_back_look_ahead(FlashBackBlock *x)
         }
     }
     return any;
+}
+
+void flash_back_ask(FlashBackBlock *x)
+{
+    size_t first = lse_index(x->s, x->b, x->h, x->t);
+    for (int r = 0; r < round_up(x->rows, TILE); r++) {
+        float lse = r < x->rows ? x->g->view.lse[first + r] : -INFINITY;
+        x->lse[r] = lse == -INFINITY ? INFINITY : log2e * lse; /* 2^(score - inf) = 0 */
+        x->delta[r] = r < x->rows ? x->deltas[first + r] : 0;
+        flash_ask_row(x, r);
+    }
 }
 
 /* How many batch entries one task takes: all of them where they share the numbers of a bias, so that its gradient is summed
