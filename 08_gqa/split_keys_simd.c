@@ -2,8 +2,8 @@
  *
  * - A number of a key or value is multiplied once for each row of its group and is not needed again: memory is what
  *   counts. All rows of a group meet a key when it is there.
- * - Keys, then values, are read as they lie in memory, from one end to the other. In that order the processor fetches
- *   ahead of its own accord; several keys side by side made it slower.
+ * - Keys, then values, are read as they lie in memory, from one end to the other. In that order most processors fetch
+ *   ahead of their own accord; several keys side by side made it slower. Some fetch not far enough: they are asked to.
  * - Lanes run along a head. What is used again for each key, ROWS queries while keys go past and ROWS results while values do, is
  *   in registers as far as these reach and else in the nearest cache: it costs less than to read a key in parts.
  * - The keys are split, for there may be more threads than key/value heads, and each split has its own maximum. */
@@ -19,6 +19,7 @@ enum {
     LONGEST = 2048, /* and many, since each split begins by reading elsewhere */
     TASKS = 128,    /* what a problem is split into between those two */
     STEP = 16,      /* keys that go past before the next columns of a head wider than COLUMNS vectors */
+    AHEAD = 12,     /* memory is asked for the row that is so many keys on */
     ROWS = 4,
     COLUMNS = 128 / LANES, /* vectors of a row that are read at once */
 };
@@ -121,6 +122,7 @@ INLINE void multiply_keys(Meeting *t, int vectors, int first, int end, int d)
         Vector sum[ROWS] = {0};
         EACH(j, vectors) {
             Vector x = load_first(key + j * LANES, n);
+            __builtin_prefetch(key + AHEAD * t->HS + j * LANES);
             EACH_ROW(r)
                 sum[r] += y[r][j] * x;
         }
@@ -141,6 +143,7 @@ INLINE void add_values(Meeting *t, int vectors, int first, int end, int d)
         const float *value = t->v + (size_t)i * t->HS + d;
         EACH(j, vectors) {
             Vector x = load_first(value + j * LANES, n);
+            __builtin_prefetch(value + AHEAD * t->HS + j * LANES);
             EACH_ROW(r)
                 c[r][j] += t->weight[r][i] * x;
         }
