@@ -385,14 +385,13 @@ void attention_bf16_backward(const Bf16Backward *g, float *delta, float *sums, f
                              const AttentionShape *s)
 {
     size_t floats = scratch_size(s), HS = s->head_size;
-    int threads = smaller(omp_get_max_threads(), most_threads(s));
 #pragma omp parallel for
     for (size_t row = 0; row < lse_count(s); row++)
         delta[row] = row_delta(g->dout + row * HS, g->out + row * HS, (int)HS);
 #pragma omp parallel for
     for (size_t i = 0; i < (size_t)s->batch * s->heads * query_blocks(s); i++)
         copy_queries(copies, g, s, i);
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
+#pragma omp parallel for schedule(dynamic) num_threads(smaller(omp_get_max_threads(), most_threads(s)))
     for (size_t task = 0; task < all_tasks(s); task++)
         task_gradient(g, delta, sums, copies, scratch + omp_get_thread_num() * floats, s, task);
 #pragma omp parallel for

@@ -304,18 +304,17 @@ size_t flash_backward_scratch(const AttentionShape *s)
 void flash_attention_backward(const FlashBackward *g, float *delta, float *partial, float *scratch,
                               const AttentionShape *s)
 {
-    int threads = smaller(omp_get_max_threads(), most_threads(s));
     size_t floats = flash_back_block_floats(s->head_size);
     const FlashBackBlock x = {.g = g, .s = s, .deltas = delta, .dq = g->dq};
     row_deltas(delta, g, s);
     if (s->bias && !flash_bias_is_of_pairs(s))
         memset(g->dbias, 0, broadcast_of(s).elements * sizeof *g->dbias);
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
+#pragma omp parallel for schedule(dynamic) num_threads(smaller(omp_get_max_threads(), most_threads(s)))
     for (size_t job = 0; job < jobs(s); job++)
         task_gradient(x, partial, scratch + omp_get_thread_num() * floats, job);
     if (chunks(s) > 1)
         add_partials(g, partial, s);
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
+#pragma omp parallel for schedule(dynamic) num_threads(smaller(omp_get_max_threads(), most_threads(s)))
     for (size_t job = 0; job < bias_jobs(s); job++)
         flash_bias_gradient(x, scratch + omp_get_thread_num() * floats, job);
 }
