@@ -158,8 +158,8 @@ INLINE void meet_keys(const FlashBackBlock *x, bool is_score, int key)
         for (int i = 0; key == 0 && i < TILE; i++)
             read_row(x, r + i, is_score);
         int from = larger(key, sight->from), end = smaller(key + STEP, round_up(sight->to, UNIT));
-        switch (2 * (larger(0, end - from) / LANES) +
-                is_score) { /* constants: so the sums stay in registers */
+        int vectors = larger(0, end - from) / LANES;
+        switch (2 * vectors + is_score) { /* constants: so the sums stay in registers */
         case 2: weigh_tile(x, r, from, 1); break;
         case 3: score_tile(x, r, from, 1); break;
         case 4: weigh_tile(x, r, from, 2); break;

@@ -288,7 +288,7 @@ static size_t bias_jobs(const AttentionShape *s)
 static int most_threads(const AttentionShape *s)
 {
     size_t most = jobs(s) > bias_jobs(s) ? jobs(s) : bias_jobs(s);
-    return most < FLASH_BACK_THREADS ? larger(1, (int)most) : FLASH_BACK_THREADS;
+    return most < FLASH_BACK_THREADS ? (int)most : FLASH_BACK_THREADS;
 }
 
 size_t flash_backward_partials(const AttentionShape *s)

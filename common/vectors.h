@@ -107,26 +107,25 @@ static inline Vector vector_max(Vector a, Vector b)
 
 static const float log2e = 1.44269504f; /* e^x = 2^(log2e x) */
 
-/* 2^x for x <= 127: an integer n goes into the exponent, a polynomial takes the rest; its terms come with the highest power first,
- * and the last is 1. Below -150 the result is exactly 0, for -inf too; NaN stays NaN. With AVX-512 n is the next lower integer, as
- * it scales by 2 to the power of that by itself. Elsewhere n is the nearest, and adding 1.5 * 2^23 leaves no room for a fraction:
- * the sum's low bits are n.
- * vreduceps gives x - n at once: on Intel 2 to 3% of the forward pass; on AMD's Zen 4 it costs a tenth. Only Intel has FP16 too. */
+/* 2^x for x <= 127: the nearest integer n goes into the exponent, a polynomial takes the rest; its terms come with the highest
+ * power first, and the last is 1. Below -150 the result is exactly 0, for -inf too; NaN stays NaN. AVX-512 rounds and scales by
+ * 2^n by itself. Elsewhere adding 1.5 * 2^23 leaves no room for a fraction: the sum's low bits are n.
+ * vreduceps gives the rest at once: on Intel 2 to 3% of the forward pass; on AMD's Zen 4 it costs a tenth. Only Intel has FP16 too. */
 INLINE Vector exp2_polynomial(Vector x, const float *term, int degree)
 {
 #if defined(__AVX512FP16__)
-    Vector f = (Vector)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF); /* 0 .. 1 */
+    Vector f = (Vector)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT), n = x - f;
 #elif defined(__AVX512F__)
-    Vector f = x - (Vector)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
+    Vector n = (Vector)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT), f = x - n;
 #else
     const float shift = 12582912.0f;
     x = vector_max((Vector){0} - 127.0f, x);
-    Vector n = x + shift, f = x - (n - shift); /* -1/2 .. 1/2 */
+    Vector n = x + shift, f = x - (n - shift);
 #endif
-    Vector p = term[0] * f + term[1];
+    Vector p = term[0] * f + term[1]; /* f: -1/2 .. 1/2 */
     UNROLL for (int i = 2; i <= degree; i++) p = p * f + term[i];
 #ifdef __AVX512F__
-    return (Vector)_mm512_scalef_ps((__m512)p, (__m512)x); /* 0 for x = -inf, whatever p is */
+    return (Vector)_mm512_scalef_ps((__m512)p, (__m512)n); /* 0 for n = -inf, whatever p is */
 #else
     return p * (Vector)(((IntVector)n + 127) << 23);
 #endif
@@ -135,15 +134,6 @@ INLINE Vector exp2_polynomial(Vector x, const float *term, int degree)
 /* The same with degree 6: minimax, 2e-9 before rounding. */
 INLINE Vector exp2_vector(Vector x)
 {
-#ifdef __AVX512F__
-    static const float term[] = {2.161292120e-4f,
-                                 1.246784478e-3f,
-                                 9.675451730e-3f,
-                                 5.548528055e-2f,
-                                 2.402293056e-1f,
-                                 6.931470444e-1f,
-                                 1.0f};
-#else
     static const float term[] = {1.534581201e-4f,
                                  1.339993122e-3f,
                                  9.618488957e-3f,
@@ -151,7 +141,6 @@ INLINE Vector exp2_vector(Vector x)
                                  2.402264689e-1f,
                                  6.931472057e-1f,
                                  1.0f};
-#endif
     return exp2_polynomial(x, term, 6);
 }
 
