@@ -110,7 +110,7 @@ static const float log2e = 1.44269504f; /* e^x = 2^(log2e x) */
 /* 2^x for x <= 127: the nearest integer n goes into the exponent, a polynomial takes the rest; its terms come with the highest
  * power first, and the last is 1. Below -150 the result is exactly 0, for -inf too; NaN stays NaN. AVX-512 rounds and scales by
  * 2^n by itself. Elsewhere adding 1.5 * 2^23 leaves no room for a fraction: the sum's low bits are n.
- * vreduceps gives the rest at once: on Intel 2 to 3% of the forward pass; on AMD's Zen 4 it costs a tenth. Only Intel has FP16 too. */
+ * vreduceps gives the rest at once: on Intel 1 to 2% of the forward pass; on AMD's Zen 4 it costs a tenth. Only Intel has FP16 too. */
 INLINE Vector exp2_polynomial(Vector x, const float *term, int degree)
 {
 #if defined(__AVX512FP16__)
