@@ -10,7 +10,6 @@ typedef struct {
     float *d_qkv;             /* (B,T,3*C_out) */
     float *d_context;         /* (B,T,C_out) */
     float *d_attended;        /* (B,T,C): torch_mha_module only */
-    float *delta;             /* (B,NH,T) */
     float *scratch, *partial; /* flash_backward_scratch(s), flash_backward_partials(s) floats */
 } ModuleScratch;
 

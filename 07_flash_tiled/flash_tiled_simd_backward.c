@@ -9,11 +9,9 @@
  *       dQ += dS K                    rows are queries, lanes likewise
  * - Scale and log2 e are in the queries, so that S comes out as an exponent of 2. dS is divided by log2 e: so dK, a sum
  *   of such queries, comes out right, and dQ finds scale and log2 e in K.
- * - Long sums. A tile of dK and dV is loaded and stored once for FLASH_BACK_ROWS queries, one of dQ once for
- *   FLASH_BACK_KEYS keys: the longer the sum, the less that weighs.
- * - Softmax and its gradient are made of dP while a tile of it is still in registers: a pass of their own would fetch all
- *   from the second cache.
- * - Memory is asked for ahead: the next queries, and dq, while these are copied.
+ * - Long sums. A tile of dK and dV is loaded and stored once for FLASH_BACK_ROWS queries, one of dQ for FLASH_BACK_KEYS keys.
+ * - Softmax and its gradient are made of dP while a tile of it is still in registers, not in a pass of their own.
+ * - Memory is asked for ahead: the next queries, and dq, a row or two with each tile. dk and dv begin without being read.
  * - What no query sees is left out: TILE queries at a time know which keys they see, and all five products keep to it. */
 #include "flash_tiled_simd_backward.h"
 
@@ -63,27 +61,22 @@ void flash_back_begin(FlashBackBlock *x, float *scratch, int number)
 
 /* ---- Queries meet it ---- */
 
-/* Row r of Q or of dO, where the caller has it. */
-INLINE const float *row_of(const FlashBackBlock *x, int r, bool is_q)
-{
-    const FlashView *view = &x->g->view;
-    size_t t = x->t + r;
-    return is_q ? view->q + x->b * view->q_batch + x->h * view->q_head + t * view->q_token
-                : x->g->dout + x->b * view->out_batch + x->h * view->out_head + t * view->out_token;
-}
-
-/* Reads it, Q times scale and log2 e; zeros from row `rows` on. Memory is asked for the next queries' row, and for dq's. */
+/* Reads row r of Q, times scale and log2 e, or of dO, with its delta; zeros from row `rows` on. */
 INLINE void read_row(const FlashBackBlock *x, int r, bool is_q)
 {
-    const float *from = row_of(x, r, is_q), *next = row_of(x, r + ROWS, is_q);
+    size_t q_at = r * x->g->view.q_token, out_at = r * x->g->view.out_token;
+    const float *from = is_q ? x->from_q + q_at : x->from_dout + out_at, *out = x->from_out + out_at;
     float *to = (is_q ? x->q : x->dout) + (size_t)r * x->width, factor = is_q ? x->s->scale * log2e : 1;
     int n = r < x->rows ? x->s->head_size : 0, width = x->width;
+    Vector delta = {0};
     for (int d = 0; d < width; d += LANES) {
-        *(Vector *)(to + d) = factor * load_first(from + d, n - d);
-        __builtin_prefetch(next + d, 0, 2);
+        Vector numbers = load_first(from + d, n - d);
+        *(Vector *)(to + d) = factor * numbers;
         if (!is_q)
-            __builtin_prefetch(x->dq + (size_t)r * x->dq_token + d, 1, 2);
+            delta += numbers * load_first(out + d, n - d);
     }
+    if (!is_q)
+        x->delta[r] = sum_of_lanes(delta);
 }
 
 static bool is_sure(const FlashSight *sight, int key, int keys)
@@ -157,6 +150,8 @@ INLINE void meet_keys(const FlashBackBlock *x, bool is_score, int key)
         const FlashSight *sight = &x->sight[r / TILE];
         for (int i = 0; key == 0 && i < TILE; i++)
             read_row(x, r + i, is_score);
+        for (int i = key / STEP; i < TILE; i += KEYS / STEP)
+            flash_back_look_ahead(x, r + i, is_score);
         int from = larger(key, sight->from), end = smaller(key + STEP, round_up(sight->to, UNIT));
         int vectors = larger(0, end - from) / LANES;
         switch (2 * vectors + is_score) { /* constants: so the sums stay in registers */
@@ -171,15 +166,15 @@ INLINE void meet_keys(const FlashBackBlock *x, bool is_score, int key)
 }
 
 /* Some vectors of TILE rows of a gradient, `rows` of them and n numbers: += sum over k of a[row * a_row + k * a_step] * b[k]. */
-INLINE void add_vectors(float *to, size_t step, int rows, int n, int vectors, const float *a, size_t a_row,
-                        size_t a_step, const float *b, size_t width, int terms)
+INLINE void add_vectors(float *to, size_t step, int rows, int n, int vectors, bool add, const float *a,
+                        size_t a_row, size_t a_step, const float *b, size_t width, int terms)
 {
     Vector c[TILE][VECTORS];
     const float *row[TILE];
     for (int i = 0; i < TILE; i++)
         row[i] = a + i * a_row;
     EACH_VECTOR(i, j, vectors)
-        c[i][j] = load_first(to + i * step + j * LANES, i < rows ? n - j * LANES : 0);
+        c[i][j] = add ? load_first(to + i * step + j * LANES, i < rows ? n - j * LANES : 0) : (Vector){0};
     multiply_add(c, vectors, row, a_step, b, width, terms);
     FORGET(to);
     EACH_VECTOR(i, j, vectors)
@@ -187,17 +182,17 @@ INLINE void add_vectors(float *to, size_t step, int rows, int n, int vectors, co
 }
 
 /* The same with constants; then nothing needs to be asked for each row of a whole tile. */
-INLINE void add_tile(float *to, size_t step, int rows, int n, int vectors, const float *a, size_t a_row,
-                     size_t a_step, const float *b, size_t width, int terms)
+INLINE void add_tile(float *to, size_t step, int rows, int n, int vectors, bool add, const float *a,
+                     size_t a_row, size_t a_step, const float *b, size_t width, int terms)
 {
     bool whole = rows >= TILE && n >= vectors * LANES;
     switch (whole ? vectors : -vectors) {
-    case 1: add_vectors(to, step, TILE, LANES, 1, a, a_row, a_step, b, width, terms); break;
-    case 2: add_vectors(to, step, TILE, 2 * LANES, 2, a, a_row, a_step, b, width, terms); break;
-    case 3: add_vectors(to, step, TILE, 3 * LANES, 3, a, a_row, a_step, b, width, terms); break;
-    case -1: add_vectors(to, step, rows, n, 1, a, a_row, a_step, b, width, terms); break;
-    case -2: add_vectors(to, step, rows, n, 2, a, a_row, a_step, b, width, terms); break;
-    case -3: add_vectors(to, step, rows, n, 3, a, a_row, a_step, b, width, terms); break;
+    case 1: add_vectors(to, step, TILE, LANES, 1, add, a, a_row, a_step, b, width, terms); break;
+    case 2: add_vectors(to, step, TILE, 2 * LANES, 2, add, a, a_row, a_step, b, width, terms); break;
+    case 3: add_vectors(to, step, TILE, 3 * LANES, 3, add, a, a_row, a_step, b, width, terms); break;
+    case -1: add_vectors(to, step, rows, n, 1, add, a, a_row, a_step, b, width, terms); break;
+    case -2: add_vectors(to, step, rows, n, 2, add, a, a_row, a_step, b, width, terms); break;
+    case -3: add_vectors(to, step, rows, n, 3, add, a, a_row, a_step, b, width, terms); break;
     }
 }
 
@@ -212,7 +207,8 @@ static void add_key_gradient(const FlashBackBlock *x, float *gradient, const flo
             float *to = (float *)row_of_k(x, gradient, x->key + key) + d;
             const float *a = left + from * KEYS + key, *b = right + from * width + d;
             if (terms > 0)
-                add_tile(to, step, x->keys - key, n, vectors, a, 1, KEYS, b, width, terms);
+                add_tile(to, step, x->keys - key, n, vectors, x->summed[key / TILE], a, 1, KEYS, b, width,
+                         terms);
         }
 }
 
@@ -226,13 +222,14 @@ static void add_query_gradient(const FlashBackBlock *x)
             int n = x->s->head_size - d, vectors = smaller(x->part, x->width - d) / LANES;
             const float *a = x->d_scores + r * KEYS + from, *b = x->k_rows + from * width + d;
             if (terms > 0)
-                add_tile(x->dq + r * step + d, step, x->rows - r, n, vectors, a, KEYS, 1, b, width, terms);
+                add_tile(x->dq + r * step + d, step, x->rows - r, n, vectors, true, a, KEYS, 1, b, width,
+                         terms);
         }
 }
 
 bool flash_back_weigh(FlashBackBlock *x)
 {
-    if (!flash_back_look_ahead(x))
+    if (!flash_back_look(x))
         return false;
     flash_back_ask(x);
     for (int key = 0; key < KEYS; key += STEP) {
@@ -242,9 +239,11 @@ bool flash_back_weigh(FlashBackBlock *x)
     return true;
 }
 
-void flash_back_add(const FlashBackBlock *x)
+void flash_back_add(FlashBackBlock *x)
 {
     add_key_gradient(x, x->g->dv, x->weights, x->dout);
     add_key_gradient(x, x->g->dk, x->d_scores, x->q);
     add_query_gradient(x);
+    for (int i = 0; i < KEYS / TILE; i++)
+        x->summed[i] |= x->seen_from[i] < x->seen_to[i];
 }

@@ -42,9 +42,8 @@ FlashBackward flash_backward(const AttentionBackward *g, const AttentionShape *s
 
 /* A block of up to FLASH_BACK_KEYS keys of one key/value head, which the queries walk past. Its life:
  *
- *     FlashBackBlock x = {.g = .., .s = .., .deltas = .., .b = .., .kv_head = ..};
+ *     FlashBackBlock x = {.g = .., .s = .., .b = .., .kv_head = ..};
  *     flash_back_begin(&x, scratch, number);
- *     dk = dv = 0 for these keys
  *     for each head h that reads kv_head:
  *         for (int t = 0; flash_back_next(&x, t); t = x.t + FLASH_BACK_ROWS)
  *             if (flash_back_weigh(&x))
@@ -58,14 +57,14 @@ typedef struct {
     /* Filled in by the caller. */
     const FlashBackward *g;
     const AttentionShape *s;
-    const float *deltas; /* (B,NH,T) */
     int b, kv_head;
     int h;     /* the queries' head; */
     float *dq; /* the gradient of query t + r goes to dq + r * dq_token */
     size_t dq_token;
 
-    int key, keys; /* the keys key .. key + keys - 1 meet */
-    int t, rows;   /* the queries t .. t + rows - 1 */
+    int key, keys;                              /* the keys key .. key + keys - 1 meet */
+    int t, rows;                                /* the queries t .. t + rows - 1, */
+    const float *from_q, *from_dout, *from_out; /* their rows of Q, dO and O, where the caller has them */
 
     /* Kept between the steps, in scratch. width is HS rounded up; what lies beyond a row's HS numbers, the last query or
      * the last key, is zero. ROWS is FLASH_BACK_ROWS, KEYS is FLASH_BACK_KEYS. */
@@ -77,10 +76,11 @@ typedef struct {
     float *weights;               /* (ROWS,KEYS): D */
     float *d_scores;              /* (ROWS,KEYS): dS over log2 e */
     float *kept;                  /* (ROWS,KEYS): dropout's factor, 0 or 1 / (1 - p) */
-    float *lse, *delta;           /* (ROWS): lse times log2 e, +inf for a row that saw nothing */
+    float *lse, *delta; /* (ROWS): lse times log2 e, +inf for a row that saw nothing; rowsum(dout * out) */
     FlashSight sight[FLASH_BACK_ROWS / TILE];
     /* The queries that see any of TILE keys: seen_from .. seen_to - 1, multiples of TILE; none if seen_to is less. */
     int seen_from[FLASH_BACK_KEYS / TILE], seen_to[FLASH_BACK_KEYS / TILE];
+    bool summed[FLASH_BACK_KEYS / TILE]; /* is anything in dk and dv of TILE keys yet? */
 } FlashBackBlock;
 
 /* How many floats of scratch a block needs; it must be 64-byte aligned, what is in it does not matter. */
@@ -98,16 +98,20 @@ void flash_back_begin(FlashBackBlock *x, float *scratch, int number);
 bool flash_back_next(FlashBackBlock *x, int t);
 
 /* sight and seen of these queries; false if none sees any key. */
-bool flash_back_look_ahead(FlashBackBlock *x);
+bool flash_back_look(FlashBackBlock *x);
 
-/* lse and delta of these queries, and what flash_ask_row() says of each; rows from `rows` on see nothing. */
+/* Where these queries lie, their lse, and what flash_ask_row() says of each; rows from `rows` on see nothing. */
 void flash_back_ask(FlashBackBlock *x);
+
+/* Asks memory for what row r of the next queries has in Q, and row r of these in dq; or in dO and O. To be called with a row
+ * or two at a time, between the products: many at once hold up what these need from the second cache. */
+void flash_back_look_ahead(const FlashBackBlock *x, int r, bool is_q);
 
 /* D and dS of these queries and keys, where the first see the second; false if none sees any. */
 bool flash_back_weigh(FlashBackBlock *x);
 
 /* Adds to dk, dv and dq, in memory, what follows from D and dS. */
-void flash_back_add(const FlashBackBlock *x);
+void flash_back_add(FlashBackBlock *x);
 
 /* What waits in weights to be added to scores of the block's row r: its bias times log2 e, or -inf where it may not look; and
  * kept, if there is dropout. For the keys in its sight that are not sure, and those up to the next multiple of
@@ -126,16 +130,15 @@ void flash_back_add_bias(const FlashBackBlock *x);
 void flash_bias_gradient(FlashBackBlock x, float *scratch, size_t job);
 size_t flash_bias_jobs(const AttentionShape *s);
 
-/*   delta     (B,NH,T)                      written: rowsum(dout * out)
- *   partial   flash_backward_partials(s)    what tasks that share a head add to dq: some times (B,NH,T,HS)
+/*   partial   flash_backward_partials(s)    what tasks that share a head add to dq: some times (B,NH,T,HS)
  *   scratch   flash_backward_scratch(s)     64-byte aligned */
-void flash_attention_backward(const FlashBackward *g, float *delta, float *partial, float *scratch,
+void flash_attention_backward(const FlashBackward *g, float *partial, float *scratch,
                               const AttentionShape *s);
 size_t flash_backward_partials(const AttentionShape *s);
 size_t flash_backward_scratch(const AttentionShape *s);
 
 /* The same for contiguous tensors. */
-void attention_simd_backward(const AttentionBackward *g, float *delta, float *partial, float *scratch,
+void attention_simd_backward(const AttentionBackward *g, float *partial, float *scratch,
                              const AttentionShape *s);
 
 #endif

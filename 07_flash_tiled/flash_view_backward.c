@@ -55,6 +55,7 @@ void flash_back_lay_out(FlashBackBlock *x, float *scratch, int number)
     x->kept = take(&scratch, ROWS * KEYS);
     x->lse = take(&scratch, ROWS);
     x->delta = take(&scratch, ROWS);
+    memset(x->summed, 0, sizeof x->summed);
 }
 
 bool flash_back_next(FlashBackBlock *x, int t)
@@ -67,7 +68,7 @@ bool flash_back_next(FlashBackBlock *x, int t)
     return x->keys && x->rows > 0;
 }
 
-bool flash_back_look_ahead(FlashBackBlock *x)
+bool flash_back_look(FlashBackBlock *x)
 {
     const AttentionShape *s = x->s;
     const FlashKnown *known = &x->g->known;
@@ -99,12 +100,30 @@ bool flash_back_look_ahead(FlashBackBlock *x)
 
 void flash_back_ask(FlashBackBlock *x)
 {
+    const FlashView *view = &x->g->view;
+    size_t t = x->t, out = x->b * view->out_batch + x->h * view->out_head + t * view->out_token;
+    x->from_q = view->q + x->b * view->q_batch + x->h * view->q_head + t * view->q_token;
+    x->from_out = view->out + out;
+    x->from_dout = x->g->dout + out;
     size_t first = lse_index(x->s, x->b, x->h, x->t);
     for (int r = 0; r < round_up(x->rows, TILE); r++) {
         float lse = r < x->rows ? x->g->view.lse[first + r] : -INFINITY;
         x->lse[r] = lse == -INFINITY ? INFINITY : log2e * lse; /* 2^(score - inf) = 0 */
-        x->delta[r] = r < x->rows ? x->deltas[first + r] : 0;
         flash_ask_row(x, r);
+    }
+}
+
+void flash_back_look_ahead(const FlashBackBlock *x, int r, bool is_q)
+{
+    size_t next = (size_t)r + ROWS, out = next * x->g->view.out_token, q = next * x->g->view.q_token;
+    for (int d = 0; d < x->s->head_size; d += 16) {
+        if (is_q) {
+            __builtin_prefetch(x->from_q + q + d, 0, 2);
+            __builtin_prefetch(x->dq + r * x->dq_token + d, 1, 2);
+        } else {
+            __builtin_prefetch(x->from_dout + out + d, 0, 2);
+            __builtin_prefetch(x->from_out + out + d, 0, 2);
+        }
     }
 }
 
@@ -163,14 +182,17 @@ static bool is_shared(const AttentionShape *s, int b, int t, int chunk)
     return first < key && key < end;
 }
 
-/* dk = dv = 0, for keys beyond the valid length too. */
-static void clear_keys(const FlashBackBlock *x)
+/* dk = dv = 0 where no query sees a key of TILE, and beyond the valid length. */
+static void clear_unseen(const FlashBackBlock *x)
 {
     const FlashView *view = &x->g->view;
-    size_t head = x->b * view->k_batch + x->kv_head * view->k_head;
-    for (int key = x->key; key < smaller(x->key + KEYS, x->s->key_tokens); key++) {
-        memset(x->g->dk + head + key * view->k_token, 0, x->s->head_size * sizeof *x->g->dk);
-        memset(x->g->dv + head + key * view->k_token, 0, x->s->head_size * sizeof *x->g->dv);
+    size_t head = x->b * view->k_batch + x->kv_head * view->k_head, size = x->s->head_size * sizeof(float);
+    for (int i = 0; i < smaller(KEYS, x->s->key_tokens - x->key); i++) {
+        size_t at = head + (size_t)(x->key + i) * view->k_token;
+        if (i < x->keys && x->summed[i / TILE])
+            continue;
+        memset(x->g->dk + at, 0, size);
+        memset(x->g->dv + at, 0, size);
     }
 }
 
@@ -202,7 +224,6 @@ static void chunk_gradient(FlashBackBlock x, float *partial, float *scratch, int
     bool of_pairs = flash_bias_is_of_pairs(s);
     for (int block = first; block < (chunk + 1) * blocks / n; block++) {
         flash_back_begin(&x, scratch, block);
-        clear_keys(&x);
         for (x.h = first_head; x.h < first_head + group; x.h++) {
             int cleared = block > first ? own_end : 0, written = 0;
             for (int t = 0; flash_back_next(&x, t) && x.t < own_end; t = x.t + x.rows) {
@@ -224,6 +245,7 @@ static void chunk_gradient(FlashBackBlock x, float *partial, float *scratch, int
                 flash_back_write_bias(&x, written);
             }
         }
+        clear_unseen(&x);
     }
 }
 
@@ -255,25 +277,6 @@ static void add_partials(const FlashBackward *g, const float *partial, const Att
     }
 }
 
-static void row_deltas(float *delta, const FlashBackward *g, const AttentionShape *s)
-{
-    const FlashView *view = &g->view;
-#pragma omp parallel for
-    for (size_t row = 0; row < lse_count(s); row++) {
-        size_t bh = row / s->tokens, at = bh / s->heads * view->out_batch + bh % s->heads * view->out_head +
-                                          row % s->tokens * view->out_token;
-        float sum = 0;
-        for (int d = 0; d < s->head_size; d += 16) {
-            __builtin_prefetch(g->dout + at + 16 * view->out_token + d);
-            __builtin_prefetch(view->out + at + 16 * view->out_token + d);
-        }
-#pragma omp simd reduction(+ : sum)
-        for (int d = 0; d < s->head_size; d++)
-            sum += g->dout[at + d] * view->out[at + d];
-        delta[row] = sum;
-    }
-}
-
 static size_t jobs(const AttentionShape *s)
 {
     return (size_t)(s->batch / entries_of_a_task(s)) * s->kv_heads * chunks(s);
@@ -301,12 +304,10 @@ size_t flash_backward_scratch(const AttentionShape *s)
     return most_threads(s) * flash_back_block_floats(s->head_size);
 }
 
-void flash_attention_backward(const FlashBackward *g, float *delta, float *partial, float *scratch,
-                              const AttentionShape *s)
+void flash_attention_backward(const FlashBackward *g, float *partial, float *scratch, const AttentionShape *s)
 {
     size_t floats = flash_back_block_floats(s->head_size);
-    const FlashBackBlock x = {.g = g, .s = s, .deltas = delta, .dq = g->dq};
-    row_deltas(delta, g, s);
+    const FlashBackBlock x = {.g = g, .s = s, .dq = g->dq};
     if (s->bias && !flash_bias_is_of_pairs(s))
         memset(g->dbias, 0, broadcast_of(s).elements * sizeof *g->dbias);
 #pragma omp parallel for schedule(dynamic) num_threads(smaller(omp_get_max_threads(), most_threads(s)))
@@ -329,9 +330,9 @@ FlashBackward flash_backward(const AttentionBackward *a, const AttentionShape *s
                            .dbias = a->dbias};
 }
 
-void attention_simd_backward(const AttentionBackward *a, float *delta, float *partial, float *scratch,
+void attention_simd_backward(const AttentionBackward *a, float *partial, float *scratch,
                              const AttentionShape *s)
 {
     FlashBackward g = flash_backward(a, s);
-    flash_attention_backward(&g, delta, partial, scratch, s);
+    flash_attention_backward(&g, partial, scratch, s);
 }

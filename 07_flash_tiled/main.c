@@ -86,17 +86,16 @@ static void forward_simd(const Tensors *t, const AttentionShape *s)
 
 static int backward_workspace_simd(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
-    floats[0] = lse_count(s);
-    floats[1] = flash_backward_scratch(s);
-    floats[2] = flash_backward_partials(s);
-    return floats[2] ? 3 : 2;
+    floats[0] = flash_backward_scratch(s);
+    floats[1] = flash_backward_partials(s);
+    return floats[1] ? 2 : 1;
 }
 
 static void backward_simd(const Tensors *t, const AttentionShape *s)
 {
     float *const *d = t->backward_workspace;
     AttentionBackward g = gradients(t);
-    attention_simd_backward(&g, d[0], d[2], d[1], s);
+    attention_simd_backward(&g, d[1], d[0], s);
 }
 
 /* In bf16 the pointers stand for 16-bit numbers. */
@@ -168,24 +167,23 @@ static void forward_sdpa(const Tensors *t, const AttentionShape *s)
                 t->parameter[2], s);
 }
 
-enum { D_QKV, D_CONTEXT, DELTA, D_SCRATCH, PARTIAL, D_ATTENDED }; /* their backward workspace */
+enum { D_QKV, D_CONTEXT, D_SCRATCH, PARTIAL, D_ATTENDED }; /* their backward workspace */
 
 static int backward_workspace_sdpa(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
     size_t row = (size_t)s->batch * s->tokens * s->embed_out;
     floats[D_QKV] = 3 * row;
     floats[D_CONTEXT] = row;
-    floats[DELTA] = lse_count(s);
     floats[D_SCRATCH] = flash_backward_scratch(s);
     floats[PARTIAL] = flash_backward_partials(s);
-    return 5;
+    return 4;
 }
 
 static int backward_workspace_torch_mha(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
     backward_workspace_sdpa(s, floats);
     floats[D_ATTENDED] = floats[D_CONTEXT];
-    return 6;
+    return 5;
 }
 
 static ModuleScratch module_scratch(const Tensors *t)
@@ -194,7 +192,6 @@ static ModuleScratch module_scratch(const Tensors *t)
     return (ModuleScratch){.d_qkv = d[D_QKV],
                            .d_context = d[D_CONTEXT],
                            .d_attended = d[D_ATTENDED],
-                           .delta = d[DELTA],
                            .scratch = d[D_SCRATCH],
                            .partial = d[PARTIAL]};
 }

@@ -40,13 +40,12 @@ static FlashKnown known_from(const BlockMask *transposed)
     return (FlashKnown){.lists = transposed, .next_query = next_query, .how_many = how_many};
 }
 
-void attention_block_sparse_simd_backward(const AttentionBackward *a, float *delta, float *partial,
-                                          float *scratch, const BlockMask *transposed,
-                                          const AttentionShape *s)
+void attention_block_sparse_simd_backward(const AttentionBackward *a, float *partial, float *scratch,
+                                          const BlockMask *transposed, const AttentionShape *s)
 {
     FlashBackward g = flash_backward(a, s);
     g.known = known_from(transposed);
-    flash_attention_backward(&g, delta, partial, scratch, s);
+    flash_attention_backward(&g, partial, scratch, s);
 }
 
 /* The gradient of linear(): with y = x W^T, d_x = d_y W and d_weight = d_y^T x. */
@@ -74,7 +73,7 @@ static void sum_rows(float *sum, const float *y, size_t rows, int width)
 }
 
 void flex_attention_backward(float *dx, float *d_qkv_weight, float *d_proj_weight, float *d_proj_bias,
-                             float *d_qkv, float *d_context, float *delta, float *partial, float *scratch,
+                             float *d_qkv, float *d_context, float *partial, float *scratch,
                              const float *dout, const float *qkv, const float *context, const float *lse,
                              const float *x, const float *qkv_weight, const float *proj_weight,
                              const BlockMask *transposed, const AttentionShape *s)
@@ -98,7 +97,7 @@ void flex_attention_backward(float *dx, float *d_qkv_weight, float *d_proj_weigh
                        .dk = d_qkv + C_out,
                        .dv = d_qkv + 2 * C_out,
                        .known = known_from(transposed)};
-    flash_attention_backward(&g, delta, partial, scratch, s);
+    flash_attention_backward(&g, partial, scratch, s);
 
     linear_backward(dx, d_qkv_weight, d_qkv, x, qkv_weight, rows, s->embed, 3 * C_out);
 }

@@ -275,7 +275,7 @@ void differentiate(const Inputs *p, int kernel, const BlockMask *mask)
     if (kernel == SIMD) {
         float *partial = allocate_floats(flash_backward_partials(s));
         float *scratch = allocate_floats(flash_backward_scratch(s));
-        attention_block_sparse_simd_backward(&g, delta, partial, scratch, &transposed, s);
+        attention_block_sparse_simd_backward(&g, partial, scratch, &transposed, s);
         free(partial);
         free(scratch);
     } else

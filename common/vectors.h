@@ -87,6 +87,18 @@ static inline int round_up(int n, int unit)
     return (n + unit - 1) / unit * unit;
 }
 
+INLINE float sum_of_lanes(Vector v)
+{
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float sum = 0;
+    for (int i = 0; i < LANES; i++)
+        sum += v[i];
+    return sum;
+#endif
+}
+
 /* yes where the mask's lane is all ones, no where it is 0. */
 static inline Vector vector_select(IntVector mask, Vector yes, Vector no)
 {
