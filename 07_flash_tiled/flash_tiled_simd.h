@@ -59,6 +59,7 @@ struct FlashBlock {
     _Alignas(64) float l[FLASH_ROWS]; /* the sum of the weights so far; 0: nothing to attend to yet */
     _Alignas(64) int first[FLASH_ROWS]; /* a row sees no key outside first <= t2 < end */
     _Alignas(64) int end[FLASH_ROWS];
+    int first_of[VECTORS], end_of[VECTORS]; /* nor does any row of a vector outside these */
     bool one_run;   /* each row sees every key from its first to its end, if there is no bias */
     bool leads;     /* the last of its team: flash_look_ahead_for_keys() is for it to do */
     int asked;      /* flash_look_ahead() has been at so many rows */

@@ -8,12 +8,16 @@ void flash_begin_rows(FlashBlock *block)
 {
     block->asked = 0;
     block->leads = true;
-    for (int r = 0; r < FLASH_ROWS; r++) {
+    for (int j = 0; j < VECTORS; j++)
+        block->first_of[j] = block->end_of[j] = 0;
+    for (int r = 0, j = 0; r < FLASH_ROWS; r++, j = r / LANES) {
         block->m[r] = block->l[r] = 0;
         block->first[r] = block->end[r] = 0;
-        if (r < block->rows)
-            block->one_run =
-                flash_bounds(block->s, block->b, block->row[r].t, &block->first[r], &block->end[r]);
+        if (r >= block->rows)
+            continue;
+        block->one_run = flash_bounds(block->s, block->b, block->row[r].t, &block->first[r], &block->end[r]);
+        block->first_of[j] = r % LANES ? smaller(block->first_of[j], block->first[r]) : block->first[r];
+        block->end_of[j] = larger(block->end_of[j], block->end[r]);
     }
 }
 
@@ -59,13 +63,8 @@ static int seeing_vectors(const FlashBlock *block, int key, int keys, int *from,
     *from = VECTORS;
     *to = 0;
     for (int j = 0; j < VECTORS; j++) {
-        int first = 0, end = 0; /* the keys that any row of the vector sees */
-        for (int r = j * LANES; r < smaller((j + 1) * LANES, block->rows); r++) {
-            first = r == j * LANES || block->first[r] < first ? block->first[r] : first;
-            end = block->end[r] > end ? block->end[r] : end;
-        }
-        first = round_down(first, unit_of(block));
-        end = round_up(end, unit_of(block));
+        int first = round_down(block->first_of[j], unit_of(block));
+        int end = round_up(block->end_of[j], unit_of(block));
         if (first <= key && key < end) {
             *from = smaller(*from, j);
             *to = j + 1;
