@@ -58,11 +58,20 @@ void flash_back_lay_out(FlashBackBlock *x, float *scratch, int number)
     memset(x->summed, 0, sizeof x->summed);
 }
 
+/* Does any of TILE queries from t on see a key of the block? */
+static bool is_seen(const FlashBackBlock *x, int t)
+{
+    FlashSpan span = flash_span(x->s, x->b, t, smaller(TILE, x->s->tokens - t));
+    return span.first < x->key + x->keys && x->key < span.end;
+}
+
 bool flash_back_next(FlashBackBlock *x, int t)
 {
     const FlashKnown *known = &x->g->known;
     if (x->keys && t < x->s->tokens && known->next_query)
         t = known->next_query(known->lists, x->s, x->b, x->h, t, x->key, x->key + x->keys);
+    while (x->keys && t < x->s->tokens && !is_seen(x, t))
+        t += TILE;
     x->t = t;
     x->rows = smaller(ROWS, x->s->tokens - t);
     return x->keys && x->rows > 0;
