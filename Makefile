@@ -154,14 +154,18 @@ speed-%: all
 	@PYTHON="$(PYTHON)" sh common/speed.sh $*
 
 # The fast kernel less one trick at a time. A folder holds copies of these files; one of them is changed (common/ladder.sh).
-LADDER_FILES := flash_tiled_simd.c flash_view.c flash_pairs.c flash_tiled_simd.h vectors.h
-LADDER_REST := $(filter-out $(call objects,$(addprefix 07_flash_tiled/,$(filter %.c,$(LADDER_FILES)))), \
-                $(call objects,07_flash_tiled/main.c $(ALGORITHMS_07_flash_tiled))) $(DEVICES_07_flash_tiled) $(COMMON_LIBRARY)
-$(BUILD)/ladder/%/run: $(addprefix $(BUILD)/ladder/%/,$(LADDER_FILES)) $(LADDER_REST)
-	$(CC) -I$(@D) -I07_flash_tiled $(CPPFLAGS) $(CFLAGS) -w $(LDFLAGS) -o $@ $(filter %.c %.o %.a,$^) $(LDLIBS)
+# ladder_rules(folder, files)
+define ladder_rules
+$$(BUILD)/$(1)/%/run: $$(addprefix $$(BUILD)/$(1)/%/,$(2) flash_pairs.c vectors.h) \
+                      $$(filter-out $$(call objects,$$(addprefix 07_flash_tiled/,$$(filter %.c,$(2) flash_pairs.c))), \
+                      $$(call objects,07_flash_tiled/main.c $$(ALGORITHMS_07_flash_tiled))) $$(DEVICES_07_flash_tiled) $$(COMMON_LIBRARY)
+	$$(CC) -I$$(@D) -I07_flash_tiled $$(CPPFLAGS) $$(CFLAGS) -w $$(LDFLAGS) -o $$@ $$(filter %.c %.o %.a,$$^) $$(LDLIBS)
+endef
+$(eval $(call ladder_rules,ladder,flash_tiled_simd.c flash_tiled_simd.h flash_view.c))
+$(eval $(call ladder_rules,ladder/backward,flash_tiled_simd_backward.c flash_tiled_simd_backward.h flash_view_backward.c))
 .PHONY: ladder
 ladder: $(BUILD)/07_flash_tiled/run
-	@sh common/ladder.sh
+	@sh common/ladder.sh && sh common/ladder.sh backward
 
 # PyTorch's own bars beside ours.
 peers: all

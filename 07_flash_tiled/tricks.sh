@@ -1,6 +1,7 @@
 # The tricks of the fast kernel, and what takes each of them away: make ladder (common/ladder.sh) reads this.
 #
 #   trick NAME 'WHAT STANDS IN ITS PLACE' 'WHY IT IS THERE' [causal]     causal: it does nothing elsewhere
+#                                  NAME is a folder of build/ladder: not rows, quick, new or backward, which it has already
 #   edit FILE 'TEXT' 'ANOTHER'     of the trick before it; the text is in one place of the file, within a line
 #
 # What is left has to be right in the cases that make ladder times, which have no bias, and need not be in others.

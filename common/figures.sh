@@ -43,6 +43,10 @@ if [ -f "$ladder/ladder.tsv" ]; then
     sh common/ladder.sh render || exit 1
     keep 07_flash_tiled/measured "$ladder/ladder.tsv" "$ladder/ladder.md"
 fi
+if [ -f "$ladder/backward/ladder.tsv" ]; then
+    sh common/ladder.sh backward render || exit 1
+    keep 07_flash_tiled/measured/backward "$ladder/backward/ladder.tsv" "$ladder/backward/ladder.md"
+fi
 if [ -f "$gpu/tokens.tsv" ]; then
     if awk -F '\t' '$4 == "simt" { found = 1 } END { exit !found }' "$gpu/tokens.tsv"; then
         echo "$gpu is left out: the stand-in only tried it, and its times mean nothing"

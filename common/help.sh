@@ -16,7 +16,7 @@ Attention in C, step by step
   make test         every test
   make tables       published tables, measured here (most of an hour; can be stopped and taken up again)
   make speed        how near the kernels come to the processor's peak (20 minutes; PYTHON=python-with-torch puts PyTorch beside, most of an hour)
-  make ladder       what each trick of chapter 7's fast kernel is worth (5 minutes)
+  make ladder       what each trick of chapter 7's fast kernels is worth (10 minutes)
   make gpu          on a machine with a GPU: every check, timing and race check there is for one (can be stopped and taken up again)
   make figures      after make demo, tables, speed, ladder or gpu: keep its tables and charts, rewrite the READMEs' blocks
   make clean        remove what was built

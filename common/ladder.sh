@@ -5,11 +5,18 @@
 #
 #   ROUNDS=7   of all kernels     QUICK=1   one round of small cases, into build/ladder/quick: is all in place?     TRICKS=file   others
 #
-# ladder.sh render: measures nothing, writes the table of what is there.
+# ladder.sh backward: the same for the backward pass, with tricks_backward.sh, in build/ladder/backward.
+# ladder.sh [backward] render: measures nothing, writes the table of what is there.
 set -u
 build=${BUILD:-build}
-programs=$build/ladder
-folder=$programs${QUICK:+/quick}
+pass=forward programs=ladder tricks=tricks.sh
+files='flash_tiled_simd.c flash_tiled_simd.h flash_view.c flash_pairs.c'
+if [ "${1:-}" = backward ]; then
+    pass=backward programs=ladder/backward tricks=tricks_backward.sh
+    files='flash_tiled_simd_backward.c flash_tiled_simd_backward.h flash_view_backward.c flash_pairs.c'
+    shift
+fi
+folder=$build/$programs${QUICK:+/quick}
 list=$folder/steps
 measure=yes
 [ "${1:-}" = render ] && measure=no
@@ -29,8 +36,11 @@ trick() {
     name=$1 edits=0
     printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "${4:-}" >> "$folder/tricks"
     rm -rf "$folder/new"
-    mkdir -p "$folder/new" "$programs/$name"
-    cp 07_flash_tiled/flash_tiled_simd.[ch] 07_flash_tiled/flash_view.c 07_flash_tiled/flash_pairs.c common/vectors.h "$folder/new/"
+    mkdir -p "$folder/new" "$build/$programs/$name"
+    for file in $files; do
+        cp "07_flash_tiled/$file" "$folder/new/"
+    done
+    cp common/vectors.h "$folder/new/"
 }
 
 edit() {
@@ -55,9 +65,9 @@ lay() {
     [ -n "$name" ] || return 0
     [ $edits -gt 0 ] || [ "$name" = whole ] || fail "trick $name: nothing is edited"
     for file in "$folder/new"/*; do
-        cmp -s "$file" "$programs/$name/${file##*/}" || cp "$file" "$programs/$name/"
+        cmp -s "$file" "$build/$programs/$name/${file##*/}" || cp "$file" "$build/$programs/$name/"
     done
-    wanted="$wanted $programs/$name/run"
+    wanted="$wanted $build/$programs/$name/run"
 }
 
 # ---- The steps: rows/TRICK-CASE-ROUND; cases are lines CASE, SECONDS, OPTIONS ----
@@ -77,9 +87,9 @@ steps() {
         while IFS=$tab read -r case seconds options; do
             while IFS=$tab read -r name what why only; do
                 case "$options" in *"${only:+--$only}"*) ;; *) continue ;; esac
-                step "rows/$name-$case-$round" "$seconds" "ladder/$name" "--kernel simd --threads 1 $options"
+                step "rows/$name-$case-$round" "$seconds" "$programs/$name" "--kernel simd --pass $pass --threads 1 $options"
             done < "$folder/tricks"
-            step "rows/tiled-$case-$round" "$seconds" ladder/whole "--kernel tiled --threads 1 $options --repeat 1"
+            step "rows/tiled-$case-$round" "$seconds" "$programs/whole" "--kernel tiled --pass $pass --threads 1 $options --repeat 1"
         done < "$folder/cases"
     done
 }
@@ -91,7 +101,7 @@ if [ $measure = yes ]; then
     rm -f "$folder/tricks"
     name='' wanted=''
     trick whole 'the kernel as it is' ''
-    . "${TRICKS:-07_flash_tiled/tricks.sh}"
+    . "${TRICKS:-07_flash_tiled/$tricks}"
     lay
     rm -rf "$folder/new" "$folder/wrong"
     # shellcheck disable=SC2086 # words
