@@ -361,10 +361,7 @@ static float row_delta(const Bf16 *dout, const Bf16 *out, int n)
     Vector sums = {0};
     for (int d = 0; d < n; d += LANES)
         sums += (Vector)(load_numbers(dout + d, n - d) << 16) * (Vector)(load_numbers(out + d, n - d) << 16);
-    float sum = 0;
-    for (int i = 0; i < LANES; i++)
-        sum += sums[i];
-    return sum;
+    return sum_lanes(sums);
 }
 
 /* dq = scale times the sums of a head's tasks, in their order. */

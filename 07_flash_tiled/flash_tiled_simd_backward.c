@@ -76,7 +76,7 @@ INLINE void read_row(const FlashBackBlock *x, int r, bool is_q)
             delta += numbers * load_first(out + d, n - d);
     }
     if (!is_q)
-        x->delta[r] = sum_of_lanes(delta);
+        x->delta[r] = sum_lanes(delta);
 }
 
 static bool is_sure(const FlashSight *sight, int key, int keys)

@@ -88,18 +88,6 @@ bool split_keys_wins(const AttentionShape *s)
 
 /* ---- Few keys and some columns ---- */
 
-static inline float sum_lanes(Vector x)
-{
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)x);
-#else
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++)
-            x[i] += x[i + half];
-    return x[0];
-#endif
-}
-
 /* ROWS rows, some keys, and their values. */
 typedef struct {
     const float *q[ROWS], *k, *v;

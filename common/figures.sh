@@ -39,14 +39,11 @@ if [ -f "$speed/ours.tsv" ]; then
     sh common/speed.sh render || exit 1
     keep 07_flash_tiled/measured/speed "$speed"/*.tsv "$speed"/*.md "$speed"/*.svg "$speed"/*.png
 fi
-if [ -f "$ladder/ladder.tsv" ]; then
-    sh common/ladder.sh render || exit 1
-    keep 07_flash_tiled/measured "$ladder/ladder.tsv" "$ladder/ladder.md"
-fi
-if [ -f "$ladder/backward/ladder.tsv" ]; then
-    sh common/ladder.sh backward render || exit 1
-    keep 07_flash_tiled/measured/backward "$ladder/backward/ladder.tsv" "$ladder/backward/ladder.md"
-fi
+for pass in '' backward; do
+    [ -f "$ladder/$pass/ladder.tsv" ] || continue
+    sh common/ladder.sh $pass render || exit 1
+    keep "07_flash_tiled/measured/$pass" "$ladder/$pass/ladder.tsv" "$ladder/$pass/ladder.md"
+done
 if [ -f "$gpu/tokens.tsv" ]; then
     if awk -F '\t' '$4 == "simt" { found = 1 } END { exit !found }' "$gpu/tokens.tsv"; then
         echo "$gpu is left out: the stand-in only tried it, and its times mean nothing"

@@ -10,10 +10,10 @@
 set -u
 build=${BUILD:-build}
 pass=forward programs=ladder tricks=tricks.sh
-files='flash_tiled_simd.c flash_tiled_simd.h flash_view.c flash_pairs.c'
+files='07_flash_tiled/flash_tiled_simd.[ch] 07_flash_tiled/flash_view.c'
 if [ "${1:-}" = backward ]; then
     pass=backward programs=ladder/backward tricks=tricks_backward.sh
-    files='flash_tiled_simd_backward.c flash_tiled_simd_backward.h flash_view_backward.c flash_pairs.c'
+    files='07_flash_tiled/flash_tiled_simd_backward.[ch] 07_flash_tiled/flash_view_backward.c'
     shift
 fi
 folder=$build/$programs${QUICK:+/quick}
@@ -37,10 +37,9 @@ trick() {
     printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "${4:-}" >> "$folder/tricks"
     rm -rf "$folder/new"
     mkdir -p "$folder/new" "$build/$programs/$name"
-    for file in $files; do
-        cp "07_flash_tiled/$file" "$folder/new/"
+    for file in $files 07_flash_tiled/flash_pairs.c common/vectors.h; do
+        cp "$file" "$folder/new/"
     done
-    cp common/vectors.h "$folder/new/"
 }
 
 edit() {

@@ -87,15 +87,15 @@ static inline int round_up(int n, int unit)
     return (n + unit - 1) / unit * unit;
 }
 
-INLINE float sum_of_lanes(Vector v)
+static inline float sum_lanes(Vector x)
 {
-#ifdef __AVX512F__
-    return _mm512_reduce_add_ps((__m512)v);
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
 #else
-    float sum = 0;
-    for (int i = 0; i < LANES; i++)
-        sum += v[i];
-    return sum;
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++)
+            x[i] += x[i + half];
+    return x[0];
 #endif
 }
 
