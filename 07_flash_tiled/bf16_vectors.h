@@ -147,14 +147,4 @@ INLINE void store_row(Bf16 *row, Vector x, int n)
     copy_first(row, &narrow, (size_t)n * sizeof *row, sizeof narrow);
 }
 
-/* ---- Powers of two ---- */
-
-/* exp2_vector() of vectors.h with a term less: relative error 9e-8. */
-INLINE Vector exp2_short(Vector x)
-{
-    static const float term[] = {1.326472721e-3f, 9.671512812e-3f, 5.550733745e-2f,
-                                 2.402224208e-1f, 6.931469776e-1f, 1.0f};
-    return exp2_polynomial(x, term, 5);
-}
-
 #endif

@@ -112,7 +112,7 @@ INLINE void weigh(const Bf16Block *x, Pair *p, Vector top[VECTORS], Vector sum[V
                 if (ask)
                     score = vector_select(less_m == -INFINITY, less_m, score);
                 top[j] = vector_max(score, top[j]);
-                weight[i][j] = exp2_short(score);
+                weight[i][j] = exp2_vector(score);
                 sum[j] += weight[i][j];
                 if (i % 2)
                     weights[i / 2 * VECTORS + j] = pairs_from(weight[i - 1][j], weight[i][j]);

@@ -206,11 +206,11 @@ INLINE void weigh(Scratch *x, const Place *p, const Queries *queries, int r0, in
         EACH_VECTOR(i, j, VECTORS) {
             Vector exponent = score[half + i][j] * to_exponent - x->lse[r + i], dw = d_weight[half + i][j];
             if (all) {
-                weight[i][j] = exp2_short(exponent);
+                weight[i][j] = exp2_vector(exponent);
                 ds[i][j] = weight[i][j] * (dw - x->delta[r + i]);
             } else {
                 Vector factor = kept[i * KEYS / LANES + j];
-                Vector w = exp2_short(vector_select(factor < 0, (Vector){0} - INFINITY, exponent));
+                Vector w = exp2_vector(vector_select(factor < 0, (Vector){0} - INFINITY, exponent));
                 ds[i][j] = vector_select(factor < 0, (Vector){0}, w * (factor * dw - x->delta[r + i]));
                 weight[i][j] = w * factor;
             }

@@ -7,29 +7,28 @@
  *   times and the multiply-add units do not wait for memory.
  * - The score comes out as an exponent. scale and log2 e are multiplied into the queries once, and the sums start at -m: after
  *   the product there is nothing left to do but 2^x.
- * - The maximum is lazy. Softmax needs no maximum but a number near it. m follows only where a score has outgrown it by
- *   2^headroom, which is looked at once a tile; then the tile is scored again.
+ * - The maximum is lazy. Softmax needs no maximum but a number near it. Where the sum of a tile's weights says that m is no such
+ *   number, m moves to the largest score, and the tile is scored again.
  * - FLASH_KEYS keys a tile: their weights stay in the cache between both products, the output is loaded and stored once for all.
  * - What no row sees is left out, down to single vectors of rows along the diagonal of a causal mask. */
 #include "flash_tiled_simd.h"
 
 #include <math.h>
 
-/* How far a score may stand above m, in powers of two, before m has to follow. */
-static const float headroom = 20;
+enum { HEADROOM = 13 }; /* How far a score may stand above m, in powers of two, before m has to follow. */
 
 /* ---- The steps of a tile: up to FLASH_KEYS keys by the block's vectors from .. from + vectors - 1 ---- */
 
-/* p = score - m, and the largest of them in each lane; ask: with what flash_ask() says. A score of more than
- * SHORT_SUM terms is added up in several sums: rounding then costs one of 256 terms no more than one of 64, and the
- * error of a large score would go into an exponent. */
-INLINE void score_tile(const FlashBlock *block, float *p, Vector top[VECTORS], int key, int keys, bool ask,
-                       int from, int vectors)
+/* p = 2^(score - m), and their sum in each lane; or, if not `weigh`, p = score - m, and the largest in each lane. ask: with
+ * what flash_ask() says. A score of more than SHORT_SUM terms is added up in several sums: rounding then costs one of 256 terms
+ * no more than one of 64, and the error of a large score would go into an exponent. */
+INLINE void score_tile(const FlashBlock *block, float *p, Vector found[VECTORS], int key, int keys, bool ask,
+                       bool weigh, int from, int vectors)
 {
     const Vector *m = (const Vector *)block->m + from;
     int HS = block->s->head_size;
     for (int j = 0; j < vectors; j++)
-        top[j] = (Vector){0} - INFINITY;
+        found[j] = (Vector){0} - (weigh ? 0 : INFINITY);
     if (ask)
         flash_ask(block, p, key, keys, from, vectors);
     for (int i0 = 0; i0 < keys; i0 += TILE) {
@@ -49,24 +48,28 @@ INLINE void score_tile(const FlashBlock *block, float *p, Vector top[VECTORS], i
             multiply_add(c, vectors, k, 1, block->q_columns + d * FLASH_ROWS + from * LANES, FLASH_ROWS,
                          smaller(SHORT_SUM, HS - d));
             EACH_VECTOR(i, j, vectors) {
-                Vector x = c[i][j], *at = scores + i * VECTORS + j;
+                Vector *at = scores + i * VECTORS + j;
                 if (d)
-                    x += *at;
-                *at = ask ? vector_select(*at == -INFINITY, *at, x) : x;
+                    c[i][j] += *at;
+                *at = ask ? vector_select(*at == -INFINITY, *at, c[i][j]) : c[i][j];
             }
         }
-        EACH_VECTOR(i, j, vectors)
-            top[j] = vector_max(scores[i * VECTORS + j], top[j]);
+        EACH_VECTOR(i, j, vectors) {
+            Vector *at = scores + i * VECTORS + j;
+            if (weigh)
+                found[j] += *at = exp2_vector(*at);
+            else
+                found[j] = vector_max(*at, found[j]);
+        }
     }
 }
 
 /* Must m move? A row that has seen nothing yet started with m = 0, which may also be far too large for it. */
 INLINE bool outgrown(float above, float l)
 {
-    return (above > headroom) | ((l == 0) & (above < -headroom) & (above > -INFINITY));
+    return (above > HEADROOM) | ((l == 0) & (above < -HEADROOM) & (above > -INFINITY));
 }
 
-/* Random scores never get beyond the first loop, which asks all lanes at once; large ones do once or twice a row. */
 bool flash_raise_maximum(FlashBlock *block, const Vector top[VECTORS], int from, int vectors)
 {
     const float *above = (const float *)top;
@@ -86,19 +89,17 @@ bool flash_raise_maximum(FlashBlock *block, const Vector top[VECTORS], int from,
     return again;
 }
 
-/* p = 2^p, and l += their sum. */
-INLINE void weigh(FlashBlock *block, float *p, int keys, int from, int vectors)
+/* Has a weight outgrown m by HEADROOM, or are all of a row too small for it? All lanes are asked at once, of their sums: random
+ * scores never get further. Rows that see nothing of the tile have no say. */
+INLINE bool is_odd(const FlashBlock *block, const Vector *sum, int key, int keys, int from, int vectors)
 {
-    Vector sum[VECTORS] = {0};
-    for (int i = 0; i < keys; i++)
-        UNROLL for (int j = 0; j < vectors; j++)
-        {
-            Vector *at = (Vector *)(p + i * FLASH_ROWS) + from + j;
-            *at = exp2_vector(*at);
-            sum[j] += *at;
-        }
-    for (int j = 0; j < vectors; j++)
-        ((Vector *)block->l)[from + j] += sum[j];
+    const float *sums = (const float *)sum, *l = block->l + from * LANES, one = 1 << HEADROOM;
+    const int *first = block->first + from * LANES, *end = block->end + from * LANES;
+    int any = 0;
+    for (int i = 0; i < vectors * LANES; i++)
+        any |= (sums[i] > FLASH_KEYS * one) |
+               ((l[i] == 0) & (sums[i] < 1 / one) & (first[i] < key + keys) & (key < end[i]));
+    return any;
 }
 
 /* out += p^T V for n <= TILE numbers of each value, from d on. Meanwhile memory is asked for the next tile's keys or values, a row
@@ -119,21 +120,25 @@ INLINE void add_few(FlashBlock *block, const float *p, int d, int n, int key, in
 }
 INLINE void add_values(FlashBlock *block, const float *p, int key, int keys, int from, int vectors)
 {
-    int d = 0, HS = block->s->head_size;
-    for (; d + TILE <= HS; d += TILE) /* TILE is a constant: so one address does for all */
-        add_few(block, p, d, TILE, key, keys, from, vectors);
-    if (d < HS)
-        add_few(block, p, d, HS - d, key, keys, from, vectors);
+    for (int d = 0, HS = block->s->head_size; d < HS; d += TILE)
+        if (HS - d >= TILE)
+            add_few(block, p, d, TILE, key, keys, from, vectors); /* a constant: one address does for all */
+        else
+            add_few(block, p, d, HS - d, key, keys, from, vectors);
 }
 
 INLINE void attend_tile(FlashBlock *block, int key, int keys, bool ask, int from, int vectors)
 {
     _Alignas(64) float p[FLASH_KEYS * FLASH_ROWS];
-    Vector top[VECTORS];
-    score_tile(block, p, top, key, keys, ask, from, vectors);
-    if (flash_raise_maximum(block, top, from, vectors))
-        score_tile(block, p, top, key, keys, ask, from, vectors);
-    weigh(block, p, keys, from, vectors);
+    Vector sum[VECTORS], top[VECTORS];
+    score_tile(block, p, sum, key, keys, ask, true, from, vectors);
+    if (is_odd(block, sum, key, keys, from, vectors)) {
+        score_tile(block, p, top, key, keys, ask, false, from, vectors);
+        flash_raise_maximum(block, top, from, vectors);
+        score_tile(block, p, sum, key, keys, ask, true, from, vectors);
+    }
+    for (int j = 0; j < vectors; j++)
+        ((Vector *)block->l)[from + j] += sum[j];
     if (block->s->dropout > 0)
         flash_drop_out(block, p, key, keys, from, vectors);
     add_values(block, p, key, keys, from, vectors);
@@ -153,23 +158,18 @@ void flash_attend_tile(FlashBlock *block, int key, int keys, bool ask, int from,
 
 /* ---- The life of a block ---- */
 
-/* Floats of q_columns, and of out_columns: whole squares of LANES x LANES. */
-static size_t columns_size(int head_size)
-{
-    return ((size_t)head_size + 15) / 16 * 16 * FLASH_ROWS;
-}
-
+/* q_columns and out_columns: whole squares of LANES x LANES. */
 size_t flash_scratch(int head_size)
 {
-    return 2 * columns_size(head_size);
+    return (size_t)2 * round_up(head_size, 16) * FLASH_ROWS;
 }
 
 void flash_begin(FlashBlock *block, float *scratch)
 {
     const AttentionShape *s = block->s;
     block->q_columns = scratch;
-    block->out_columns = scratch + columns_size(s->head_size);
-    memset(block->out_columns, 0, columns_size(s->head_size) * sizeof(float));
+    block->out_columns = scratch + flash_scratch(s->head_size) / 2;
+    memset(block->out_columns, 0, flash_scratch(s->head_size) / 2 * sizeof(float));
     flash_begin_rows(block);
     for (int r0 = 0; r0 < FLASH_ROWS; r0 += LANES)
         for (int d = 0; d < s->head_size; d += LANES) {

@@ -100,18 +100,6 @@ Test(bf16, adds_products_of_pairs_in_float)
     }
 }
 
-Test(bf16, powers_of_two)
-{
-    double worst = 0;
-    for (float x = -126; x <= 127; x += 0x1.23p-9f) {
-        Vector got = exp2_short((Vector){0} + x);
-        worst = fmax(worst, fabs(got[1] / exp2((double)x) - 1));
-    }
-    cr_expect(worst < 2.5e-7, "%g", worst);
-    Vector ends = exp2_short((Vector){-INFINITY, -300, NAN, 0});
-    cr_expect(ends[0] == 0 && ends[1] == 0 && isnan(ends[2]) && ends[3] == 1);
-}
-
 /* ---- Sizes ---- */
 
 Test(bf16, holds_around_the_edges_of_tiles)

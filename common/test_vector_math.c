@@ -120,7 +120,7 @@ static Vector lanes_from(float first, float step)
 Test(vector_math, exp2_vector_is_within_2_ulps)
 {
     const float step = 1.0f / 4096;
-    for (float first = -125; first < 100; first += LANES * step) {
+    for (float first = -125; first < 127; first += LANES * step) {
         Vector x = lanes_from(first, step), y = exp2_vector(x);
         for (int i = 0; i < LANES; i++) {
             double exact = exp2(x[i]), ulp = ldexp(1, ilogb((float)exact) - 23);
@@ -144,5 +144,15 @@ Test(vector_math, exp2_vector_at_its_ends)
                 cr_assert(isnan(y[i]), "2^NaN is %g", y[i]);
             else
                 cr_assert(y[i] == ldexpf(1, i), "2^%d is %g beside them", i, y[i]);
+    }
+}
+
+Test(vector_math, exp2_vector_of_much_is_much)
+{
+    const float much[] = {127, 127.5f, 128, 129, 200, 1000, 1e8f, 1e20f, 3e38f, INFINITY};
+    for (size_t n = 0; n < sizeof much / sizeof *much; n++) {
+        Vector y = exp2_vector((Vector){0} + much[n]);
+        for (int i = 0; i < LANES; i++)
+            cr_assert(y[i] >= 0x1p127f, "2^%g is %g", much[n], y[i]);
     }
 }
