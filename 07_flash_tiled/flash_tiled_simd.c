@@ -26,7 +26,6 @@ INLINE void score_tile(const FlashBlock *block, float *p, Vector found[VECTORS],
                        bool weigh, int from, int vectors)
 {
     const Vector *m = (const Vector *)block->m + from;
-    int HS = block->s->head_size;
     for (int j = 0; j < vectors; j++)
         found[j] = (Vector){0} - (weigh ? 0 : INFINITY);
     if (ask)
@@ -35,7 +34,7 @@ INLINE void score_tile(const FlashBlock *block, float *p, Vector found[VECTORS],
         Vector *scores = (Vector *)(p + i0 * FLASH_ROWS) + from;
         if (LANES < 16 && block->leads)
             flash_look_ahead_for_keys(block, key + keys + i0);
-        for (int d = 0; d < HS; d += SHORT_SUM) {
+        for (int d = 0, HS = block->s->head_size; d < HS; d += SHORT_SUM) {
             Vector c[TILE][VECTORS];
             const float *k[TILE]; /* past the last key: the last again, which flash_ask() forbids */
             for (int i = 0; i < TILE; i++)
@@ -54,13 +53,15 @@ INLINE void score_tile(const FlashBlock *block, float *p, Vector found[VECTORS],
                 *at = ask ? vector_select(*at == -INFINITY, *at, c[i][j]) : c[i][j];
             }
         }
-        EACH_VECTOR(i, j, vectors) {
-            Vector *at = scores + i * VECTORS + j;
-            if (weigh)
-                found[j] += *at = exp2_vector(*at);
-            else
-                found[j] = vector_max(*at, found[j]);
-        }
+        for (int i = 0; i < TILE; i++)
+            UNROLL for (int j = 0; j < vectors; j++)
+            {
+                Vector *at = scores + i * VECTORS + j;
+                if (weigh)
+                    found[j] += *at = exp2_vector(*at);
+                else
+                    found[j] = vector_max(*at, found[j]);
+            }
     }
 }
 
@@ -120,11 +121,11 @@ INLINE void add_few(FlashBlock *block, const float *p, int d, int n, int key, in
 }
 INLINE void add_values(FlashBlock *block, const float *p, int key, int keys, int from, int vectors)
 {
-    for (int d = 0, HS = block->s->head_size; d < HS; d += TILE)
-        if (HS - d >= TILE)
-            add_few(block, p, d, TILE, key, keys, from, vectors); /* a constant: one address does for all */
-        else
-            add_few(block, p, d, HS - d, key, keys, from, vectors);
+    int d = 0, HS = block->s->head_size;
+    for (; d + TILE <= HS; d += TILE) /* TILE is a constant: so one address does for all */
+        add_few(block, p, d, TILE, key, keys, from, vectors);
+    if (d < HS)
+        add_few(block, p, d, HS - d, key, keys, from, vectors);
 }
 
 INLINE void attend_tile(FlashBlock *block, int key, int keys, bool ask, int from, int vectors)
@@ -184,9 +185,8 @@ void flash_begin(FlashBlock *block, float *scratch)
 
 void flash_finish(FlashBlock *block)
 {
-    int HS = block->s->head_size;
     for (int r0 = 0; r0 < block->rows; r0 += LANES)
-        for (int d = 0; d < HS; d += LANES) {
+        for (int d = 0, HS = block->s->head_size; d < HS; d += LANES) {
             Vector out[LANES], l = *(const Vector *)(block->l + r0);
             for (int i = 0; i < LANES; i++)
                 out[i] = *(Vector *)(block->out_columns + (size_t)(d + i) * FLASH_ROWS + r0) * (1 / l);
