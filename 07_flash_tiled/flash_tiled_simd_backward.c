@@ -48,7 +48,7 @@ void flash_back_begin(FlashBackBlock *x, float *scratch, int number)
                     k[i] = load_first(row_of_k(x, x->g->view.k, x->key + i0 + i) + d, HS - d);
                     v[i] = load_first(row_of_k(x, x->g->view.v, x->key + i0 + i) + d, HS - d);
                 }
-                *(Vector *)(x->k_rows + (size_t)(i0 + i) * width + d) = factor * k[i];
+                *(Vector *)(x->k_rows + (size_t)(i0 + i) * x->stride + d) = factor * k[i];
             }
             transpose(k);
             transpose(v);
@@ -66,7 +66,7 @@ INLINE void read_row(const FlashBackBlock *x, int r, bool is_q)
 {
     size_t q_at = r * x->g->view.q_token, out_at = r * x->g->view.out_token;
     const float *from = is_q ? x->from_q + q_at : x->from_dout + out_at, *out = x->from_out + out_at;
-    float *to = (is_q ? x->q : x->dout) + (size_t)r * x->width, factor = is_q ? x->s->scale * log2e : 1;
+    float *to = (is_q ? x->q : x->dout) + (size_t)r * x->stride, factor = is_q ? x->s->scale * log2e : 1;
     int n = r < x->rows ? x->s->head_size : 0, width = x->width;
     Vector delta = {0};
     for (int d = 0; d < width; d += LANES) {
@@ -94,7 +94,7 @@ INLINE void score_tile(const FlashBackBlock *x, int r, int key, int vectors)
     for (int d = 0; d < HS; d += SHORT_SUM) {
         Vector c[TILE][VECTORS];
         for (int i = 0; i < TILE; i++)
-            q[i] = x->q + (size_t)(r + i) * x->width + d;
+            q[i] = x->q + (size_t)(r + i) * x->stride + d;
         FORGET(to);
         FORGET(lse);
         EACH_VECTOR(i, j, vectors) {
@@ -122,7 +122,7 @@ INLINE void weigh_tile(const FlashBackBlock *x, int r, int key, int vectors)
     const float *delta = x->delta + r, *kept = x->s->dropout > 0 ? x->kept + at : NULL, *dout[TILE];
     Vector dP[TILE][VECTORS];
     for (int i = 0; i < TILE; i++)
-        dout[i] = x->dout + (size_t)(r + i) * x->width;
+        dout[i] = x->dout + (size_t)(r + i) * x->stride;
     EACH_VECTOR(i, j, vectors)
         dP[i][j] = (Vector){0};
     multiply_add(dP, vectors, dout, 1, x->v_columns + key, KEYS, x->s->head_size);
@@ -167,7 +167,7 @@ INLINE void meet_keys(const FlashBackBlock *x, bool is_score, int key)
 
 /* Some vectors of TILE rows of a gradient, `rows` of them and n numbers: += sum over k of a[row * a_row + k * a_step] * b[k]. */
 INLINE void add_vectors(float *to, size_t step, int rows, int n, int vectors, bool add, const float *a,
-                        size_t a_row, size_t a_step, const float *b, size_t width, int terms)
+                        size_t a_row, size_t a_step, const float *b, size_t b_step, int terms)
 {
     Vector c[TILE][VECTORS];
     const float *row[TILE];
@@ -175,7 +175,7 @@ INLINE void add_vectors(float *to, size_t step, int rows, int n, int vectors, bo
         row[i] = a + i * a_row;
     EACH_VECTOR(i, j, vectors)
         c[i][j] = add ? load_first(to + i * step + j * LANES, i < rows ? n - j * LANES : 0) : (Vector){0};
-    multiply_add(c, vectors, row, a_step, b, width, terms);
+    multiply_add(c, vectors, row, a_step, b, b_step, terms);
     FORGET(to);
     EACH_VECTOR(i, j, vectors)
         store_first(to + i * step + j * LANES, c[i][j], i < rows ? n - j * LANES : 0);
@@ -183,31 +183,31 @@ INLINE void add_vectors(float *to, size_t step, int rows, int n, int vectors, bo
 
 /* The same with constants; then nothing needs to be asked for each row of a whole tile. */
 INLINE void add_tile(float *to, size_t step, int rows, int n, int vectors, bool add, const float *a,
-                     size_t a_row, size_t a_step, const float *b, size_t width, int terms)
+                     size_t a_row, size_t a_step, const float *b, size_t b_step, int terms)
 {
     bool whole = rows >= TILE && n >= vectors * LANES;
     switch (whole ? vectors : -vectors) {
-    case 1: add_vectors(to, step, TILE, LANES, 1, add, a, a_row, a_step, b, width, terms); break;
-    case 2: add_vectors(to, step, TILE, 2 * LANES, 2, add, a, a_row, a_step, b, width, terms); break;
-    case 3: add_vectors(to, step, TILE, 3 * LANES, 3, add, a, a_row, a_step, b, width, terms); break;
-    case -1: add_vectors(to, step, rows, n, 1, add, a, a_row, a_step, b, width, terms); break;
-    case -2: add_vectors(to, step, rows, n, 2, add, a, a_row, a_step, b, width, terms); break;
-    case -3: add_vectors(to, step, rows, n, 3, add, a, a_row, a_step, b, width, terms); break;
+    case 1: add_vectors(to, step, TILE, LANES, 1, add, a, a_row, a_step, b, b_step, terms); break;
+    case 2: add_vectors(to, step, TILE, 2 * LANES, 2, add, a, a_row, a_step, b, b_step, terms); break;
+    case 3: add_vectors(to, step, TILE, 3 * LANES, 3, add, a, a_row, a_step, b, b_step, terms); break;
+    case -1: add_vectors(to, step, rows, n, 1, add, a, a_row, a_step, b, b_step, terms); break;
+    case -2: add_vectors(to, step, rows, n, 2, add, a, a_row, a_step, b, b_step, terms); break;
+    case -3: add_vectors(to, step, rows, n, 3, add, a, a_row, a_step, b, b_step, terms); break;
     }
 }
 
-/* dK or dV += left^T right; left (ROWS,KEYS), right (ROWS,width). */
+/* dK or dV += left^T right; left (ROWS,KEYS), right (ROWS,stride). */
 static void add_key_gradient(const FlashBackBlock *x, float *gradient, const float *left, const float *right)
 {
-    size_t width = x->width, step = x->g->view.k_token;
+    size_t stride = x->stride, step = x->g->view.k_token;
     for (int d = 0; d < x->width; d += x->part)
         for (int key = 0; key < x->keys; key += TILE) {
             int from = x->seen_from[key / TILE], terms = x->seen_to[key / TILE] - from;
             int n = x->s->head_size - d, vectors = smaller(x->part, x->width - d) / LANES;
             float *to = (float *)row_of_k(x, gradient, x->key + key) + d;
-            const float *a = left + from * KEYS + key, *b = right + from * width + d;
+            const float *a = left + from * KEYS + key, *b = right + from * stride + d;
             if (terms > 0)
-                add_tile(to, step, x->keys - key, n, vectors, x->summed[key / TILE], a, 1, KEYS, b, width,
+                add_tile(to, step, x->keys - key, n, vectors, x->summed[key / TILE], a, 1, KEYS, b, stride,
                          terms);
         }
 }
@@ -215,14 +215,14 @@ static void add_key_gradient(const FlashBackBlock *x, float *gradient, const flo
 /* dQ += dS K. */
 static void add_query_gradient(const FlashBackBlock *x)
 {
-    size_t width = x->width, step = x->dq_token;
+    size_t stride = x->stride, step = x->dq_token;
     for (int d = 0; d < x->width; d += x->part)
         for (int r = 0; r < x->rows; r += TILE) {
             int from = x->sight[r / TILE].from, terms = x->sight[r / TILE].to - from;
             int n = x->s->head_size - d, vectors = smaller(x->part, x->width - d) / LANES;
-            const float *a = x->d_scores + r * KEYS + from, *b = x->k_rows + from * width + d;
+            const float *a = x->d_scores + r * KEYS + from, *b = x->k_rows + from * stride + d;
             if (terms > 0)
-                add_tile(x->dq + r * step + d, step, x->rows - r, n, vectors, true, a, KEYS, 1, b, width,
+                add_tile(x->dq + r * step + d, step, x->rows - r, n, vectors, true, a, KEYS, 1, b, stride,
                          terms);
         }
 }

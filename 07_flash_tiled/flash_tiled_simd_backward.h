@@ -69,10 +69,11 @@ typedef struct {
     /* Kept between the steps, in scratch. width is HS rounded up; what lies beyond a row's HS numbers, the last query or
      * the last key, is zero. ROWS is FLASH_BACK_ROWS, KEYS is FLASH_BACK_KEYS. */
     int width;
+    int stride; /* from one row to the next, a vector more: rows 512 bytes apart share few places of the first cache */
     int part; /* numbers of a register tile of dQ, dK or dV: up to VECTORS vectors, a row cut as evenly as can be */
     float *k_columns, *v_columns; /* (width,KEYS): K^T, V^T */
-    float *k_rows;                /* (KEYS,width): K times scale and log2 e */
-    float *q, *dout;              /* (ROWS,width): Q times scale and log2 e, dO */
+    float *k_rows;                /* (KEYS,stride): K times scale and log2 e */
+    float *q, *dout;              /* (ROWS,stride): Q times scale and log2 e, dO */
     float *weights;               /* (ROWS,KEYS): D */
     float *d_scores;              /* (ROWS,KEYS): dS over log2 e */
     float *kept;                  /* (ROWS,KEYS): dropout's factor, 0 or 1 / (1 - p) */

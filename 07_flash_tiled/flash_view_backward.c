@@ -22,11 +22,15 @@ static int width_of(int head_size)
 {
     return round_up(head_size, LANES);
 }
+static int stride_of(int head_size)
+{
+    return width_of(head_size) + LANES;
+}
 
 size_t flash_back_block_floats(int head_size)
 {
-    size_t width = width_of(head_size);
-    return 3 * KEYS * width + 2 * ROWS * width + 3 * ROWS * KEYS + 2 * ROWS;
+    size_t width = width_of(head_size), stride = stride_of(head_size);
+    return 2 * KEYS * width + (KEYS + 2 * ROWS) * stride + 3 * ROWS * KEYS + 2 * ROWS;
 }
 
 static float *take(float **at, size_t floats)
@@ -42,14 +46,15 @@ void flash_back_lay_out(FlashBackBlock *x, float *scratch, int number)
     x->key = number * KEYS;
     x->keys = larger(0, smaller(KEYS, end - x->key));
     x->width = width_of(x->s->head_size);
+    x->stride = stride_of(x->s->head_size);
     int vectors = x->width / LANES, parts = (vectors + VECTORS - 1) / VECTORS;
     x->part = (vectors + parts - 1) / parts * LANES;
-    size_t block = (size_t)KEYS * x->width, rows = (size_t)ROWS * x->width;
-    x->k_columns = take(&scratch, block);
-    x->v_columns = take(&scratch, block);
-    x->k_rows = take(&scratch, block);
-    x->q = take(&scratch, rows);
-    x->dout = take(&scratch, rows);
+    size_t columns = (size_t)KEYS * x->width, stride = x->stride;
+    x->k_columns = take(&scratch, columns);
+    x->v_columns = take(&scratch, columns);
+    x->k_rows = take(&scratch, KEYS * stride);
+    x->q = take(&scratch, ROWS * stride);
+    x->dout = take(&scratch, ROWS * stride);
     x->weights = take(&scratch, ROWS * KEYS);
     x->d_scores = take(&scratch, ROWS * KEYS);
     x->kept = take(&scratch, ROWS * KEYS);
