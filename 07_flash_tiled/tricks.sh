@@ -11,7 +11,7 @@ trick registers 'the product is called, not inlined: its sums go through memory'
 edit vectors.h 'INLINE void multiply_add(' 'static __attribute__((noinline)) void multiply_add('
 
 trick exp2 '`exp2f`, one weight after the other' \
-    'a polynomial gives 2^x of a whole vector'
+    'a few instructions give 2^x of a whole vector'
 edit flash_tiled_simd.c 'found[j] += *at = exp2_vector(*at);' '{
                 for (int lane = 0; lane < LANES; lane++)
                     (*at)[lane] = exp2f((*at)[lane]);
