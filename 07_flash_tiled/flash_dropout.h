@@ -37,22 +37,33 @@ INLINE void multiply_wide(WordVector *high, WordVector *low, WordVector a, uint3
 #endif
 }
 
+/* What the ten rounds are keyed with: in memory, from where a broadcast is free; from a register it takes a lane change's place. */
+typedef struct {
+    uint32_t low[10], high[10];
+} RoundKeys;
+static inline RoundKeys round_keys_of(uint64_t seed)
+{
+    RoundKeys keys;
+    for (uint32_t round = 0; round < 10; round++) {
+        keys.low[round] = (uint32_t)seed + round * 0x9E3779B9u;
+        keys.high[round] = (uint32_t)(seed >> 32) + round * 0xBB67AE85u;
+    }
+    return keys;
+}
+
 /* word[i]: for the key 4 * four + i of row `row` (its lower and upper 32 bits). */
-INLINE void dropout_word_vectors(WordVector word[4], uint64_t seed, WordVector row_low, WordVector row_high,
-                                 WordVector four)
+INLINE void dropout_word_vectors(WordVector word[4], const RoundKeys *round_keys, WordVector row_low,
+                                 WordVector row_high, WordVector four)
 {
     WordVector a = four, b = row_low, c = row_high, d = (WordVector){0} + 0x64726F70u;
-    uint32_t key_low = (uint32_t)seed, key_high = (uint32_t)(seed >> 32);
     for (int round = 0; round < 10; round++) {
         WordVector a_high, a_low, c_high, c_low;
         multiply_wide(&a_high, &a_low, a, 0xD2511F53u);
         multiply_wide(&c_high, &c_low, c, 0xCD9E8D57u);
-        a = c_high ^ b ^ key_low;
+        a = c_high ^ b ^ round_keys->low[round];
         b = c_low;
-        c = a_high ^ d ^ key_high;
+        c = a_high ^ d ^ round_keys->high[round];
         d = a_low;
-        key_low += 0x9E3779B9u;
-        key_high += 0xBB67AE85u;
     }
     word[0] = a, word[1] = b, word[2] = c, word[3] = d;
 }
@@ -88,6 +99,7 @@ INLINE void side_by_side(Vector row[4])
 static inline void dropout_row(float *kept, const AttentionShape *s, size_t row, int key, int from, int to)
 {
     enum { STEP = 4 * LANES };
+    const RoundKeys round_keys = round_keys_of(s->dropout_seed);
     WordVector row_low = (WordVector){0} + (uint32_t)row,
                row_high = (WordVector){0} + (uint32_t)((uint64_t)row >> 32);
     for (int i0 = from / STEP * STEP; i0 < to; i0 += STEP) {
@@ -95,7 +107,7 @@ static inline void dropout_row(float *kept, const AttentionShape *s, size_t row,
         Vector factor[4];
         for (int i = 0; i < LANES; i++)
             four[i] = (uint32_t)(key + i0) / 4 + (uint32_t)i;
-        dropout_word_vectors(word, s->dropout_seed, row_low, row_high, four);
+        dropout_word_vectors(word, &round_keys, row_low, row_high, four);
         for (int j = 0; j < 4; j++)
             factor[j] = dropout_factors(word[j], dropout_threshold(s->dropout), 1 / (1 - s->dropout));
         side_by_side(factor);

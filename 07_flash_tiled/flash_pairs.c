@@ -96,20 +96,26 @@ void flash_drop_out(const FlashBlock *block, float *p, int key, int keys, int fr
 {
     const AttentionShape *s = block->s;
     uint32_t threshold = dropout_threshold(s->dropout);
+    const RoundKeys round_keys = round_keys_of(s->dropout_seed);
     for (int j = from; j < from + vectors; j++) {
-        WordVector row_low = {0}, row_high = {0};
+        _Alignas(64) uint32_t low[LANES] = {0}, high[LANES] = {0};
         for (int i = 0; i < LANES && j * LANES + i < block->rows; i++) {
             const FlashRow *row = &block->row[j * LANES + i];
             uint64_t index = lse_index(s, block->b, row->h, row->t);
-            row_low[i] = (uint32_t)index;
-            row_high[i] = (uint32_t)(index >> 32);
+            low[i] = (uint32_t)index;
+            high[i] = (uint32_t)(index >> 32);
         }
+        WordVector row_low = *(WordVector *)low, row_high = *(WordVector *)high;
         for (int four = key / 4; 4 * four < key + keys; four++) {
             WordVector word[4];
-            dropout_word_vectors(word, s->dropout_seed, row_low, row_high, (WordVector){0} + (uint32_t)four);
-            for (int i = larger(0, key - 4 * four); i < smaller(4, key + keys - 4 * four); i++)
-                ((Vector *)(p + (4 * four + i - key) * FLASH_ROWS))[j] *=
-                    dropout_factors(word[i], threshold, 1 / (1 - s->dropout));
+            dropout_word_vectors(word, &round_keys, row_low, row_high, (WordVector){0} + (uint32_t)four);
+            UNROLL for (int i = 0; i < 4; i++)
+            {
+                int at = 4 * four + i - key;
+                if (0 <= at && at < keys)
+                    ((Vector *)(p + at * FLASH_ROWS))[j] *=
+                        dropout_factors(word[i], threshold, 1 / (1 - s->dropout));
+            }
         }
     }
 }
