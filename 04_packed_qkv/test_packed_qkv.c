@@ -211,7 +211,7 @@ static double furthest(const float *a, const float *b, int count)
 {
     double most = 0;
     for (int i = 0; i < count; i++)
-        most = fmax(most, fabs((double)a[i] - (double)b[i]));
+        most = worse(most, fabs((double)a[i] - (double)b[i]));
     return most;
 }
 

@@ -41,7 +41,7 @@ int flash_back_write_bias(const FlashBackBlock *x, int t)
     const size_t *stride = x->s->bias_stride;
     float *dbias = x->g->dbias + x->b * stride[0] + x->h * stride[1] + x->key * stride[3];
     int keys = smaller(KEYS, x->s->key_tokens - x->key);
-    for (; t < x->t; t++)
+    for (t--; t >= x->t + x->rows; t--)
         write_row(dbias + t * stride[2], nothing, keys);
     for (int r = 0; r < x->rows; r++) {
         const FlashSight *sight = &x->sight[r / TILE];
@@ -49,9 +49,9 @@ int flash_back_write_bias(const FlashBackBlock *x, int t)
         float *d_scores = x->d_scores + r * KEYS;
         memset(d_scores, 0, from * sizeof *d_scores);
         memset(d_scores + to, 0, (keys - to) * sizeof *d_scores);
-        write_row(dbias + (t + r) * stride[2], d_scores, keys);
+        write_row(dbias + (x->t + r) * stride[2], d_scores, keys);
     }
-    return t + x->rows;
+    return x->t;
 }
 
 void flash_back_add_bias(const FlashBackBlock *x)
@@ -109,7 +109,7 @@ void flash_bias_gradient(FlashBackBlock x, float *scratch, size_t job)
             for (int block = first; block < first + blocks; block++) {
                 x.kv_head = x.h / (s->heads / s->kv_heads);
                 flash_back_begin(&x, scratch, block);
-                for (int t = 0; flash_back_next(&x, t); t = x.t + FLASH_BACK_ROWS)
+                for (int t = s->tokens; flash_back_before(&x, t); t = x.t)
                     if (flash_back_weigh(&x))
                         flash_back_add_bias(&x);
             }

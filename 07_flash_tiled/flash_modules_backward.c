@@ -49,7 +49,7 @@ static void attend_packed_backward(const ModuleScratch *scratch, const float *qk
         .dk = scratch->d_qkv + C,
         .dv = scratch->d_qkv + 2 * C,
     };
-    flash_attention_backward(&g, scratch->partial, scratch->scratch, s);
+    flash_attention_backward(&g, scratch->scratch, s);
 }
 
 void sdpa_module_backward(float *d_x, float *d_qkv_weight, float *d_proj_weight, float *d_proj_bias,

@@ -7,10 +7,10 @@
 
 /* Memory that a backward pass needs beside the gradients. */
 typedef struct {
-    float *d_qkv;             /* (B,T,3*C_out) */
-    float *d_context;         /* (B,T,C_out) */
-    float *d_attended;        /* (B,T,C): torch_mha_module only */
-    float *scratch, *partial; /* flash_backward_scratch(s), flash_backward_partials(s) floats */
+    float *d_qkv;      /* (B,T,3*C_out) */
+    float *d_context;  /* (B,T,C_out) */
+    float *d_attended; /* (B,T,C): torch_mha_module only */
+    float *scratch;    /* flash_backward_scratch(s) floats */
 } ModuleScratch;
 
 void sdpa_module_backward(float *d_x, float *d_qkv_weight, float *d_proj_weight, float *d_proj_bias,

@@ -212,21 +212,6 @@ static void add_key_gradient(const FlashBackBlock *x, float *gradient, const flo
         }
 }
 
-/* dQ += dS K. */
-static void add_query_gradient(const FlashBackBlock *x)
-{
-    size_t stride = x->stride, step = x->dq_token;
-    for (int d = 0; d < x->width; d += x->part)
-        for (int r = 0; r < x->rows; r += TILE) {
-            int from = x->sight[r / TILE].from, terms = x->sight[r / TILE].to - from;
-            int n = x->s->head_size - d, vectors = smaller(x->part, x->width - d) / LANES;
-            const float *a = x->d_scores + r * KEYS + from, *b = x->k_rows + from * stride + d;
-            if (terms > 0)
-                add_tile(x->dq + r * step + d, step, x->rows - r, n, vectors, true, a, KEYS, 1, b, stride,
-                         terms);
-        }
-}
-
 bool flash_back_weigh(FlashBackBlock *x)
 {
     if (!flash_back_look(x))
@@ -239,11 +224,25 @@ bool flash_back_weigh(FlashBackBlock *x)
     return true;
 }
 
-void flash_back_add(FlashBackBlock *x)
+void flash_back_add_to_keys(FlashBackBlock *x)
 {
     add_key_gradient(x, x->g->dv, x->weights, x->dout);
     add_key_gradient(x, x->g->dk, x->d_scores, x->q);
-    add_query_gradient(x);
     for (int i = 0; i < KEYS / TILE; i++)
         x->summed[i] |= x->seen_from[i] < x->seen_to[i];
+}
+
+/* dQ += dS K. */
+void flash_back_add_to_queries(const FlashBackBlock *x)
+{
+    size_t stride = x->stride, step = x->g->view.q_token;
+    for (int d = 0; d < x->width; d += x->part)
+        for (int r = 0; r < x->rows; r += TILE) {
+            int from = x->sight[r / TILE].from, terms = x->sight[r / TILE].to - from;
+            int n = x->s->head_size - d, vectors = smaller(x->part, x->width - d) / LANES;
+            const float *a = x->d_scores + r * KEYS + from, *b = x->k_rows + from * stride + d;
+            if (terms > 0)
+                add_tile(x->dq + r * step + d, step, x->rows - r, n, vectors, true, a, KEYS, 1, b, stride,
+                         terms);
+        }
 }

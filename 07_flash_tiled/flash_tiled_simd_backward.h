@@ -15,15 +15,14 @@ enum {
     FLASH_BACK_KEYS = 288,                         /* keys of a tile */
     FLASH_BACK_UNIT = LANES > TILE ? LANES : TILE, /* what TILE queries see begins at multiples of it */
     FLASH_BACK_STEP = VECTORS * LANES,             /* keys of a register tile of scores */
-    FLASH_BACK_SHARES = 16,  /* with fewer key/value heads (B * NKV), their keys are shared out */
-    FLASH_BACK_THREADS = 32, /* at most */
+    FLASH_BACK_THREADS = 32,                       /* at most */
 };
 
 /* What a caller knows of the mask beyond attends(): chapter 9's block lists. NULL: nothing. */
 typedef struct {
     const void *lists;
-    /* The first query at or after t that has to meet some key of key <= .. < end; T if there is none. */
-    int (*next_query)(const void *lists, const AttentionShape *s, int b, int h, int t, int key, int end);
+    /* The queries before t that have to meet some key of key <= .. < end reach up to this one, which does not; 0 if there are none. */
+    int (*queries_end)(const void *lists, const AttentionShape *s, int b, int h, int t, int key, int end);
     /* Of the pairs t <= .. < t_end, key <= .. < end: 0 if none may attend, 1 if some may, 2 if all. */
     int (*how_many)(const AttentionShape *s, int b, int t, int t_end, int key, int end);
 } FlashKnown;
@@ -45,9 +44,11 @@ FlashBackward flash_backward(const AttentionBackward *g, const AttentionShape *s
  *     FlashBackBlock x = {.g = .., .s = .., .b = .., .kv_head = ..};
  *     flash_back_begin(&x, scratch, number);
  *     for each head h that reads kv_head:
- *         for (int t = 0; flash_back_next(&x, t); t = x.t + FLASH_BACK_ROWS)
- *             if (flash_back_weigh(&x))
- *                 flash_back_add(&x); */
+ *         for (int t = T; flash_back_before(&x, t); t = x.t)
+ *             if (flash_back_weigh(&x)) {
+ *                 flash_back_add_to_keys(&x);
+ *                 flash_back_add_to_queries(&x);
+ *             } */
 typedef struct {
     int from, to; /* the keys that TILE queries see lie in from .. to - 1, counted from the block's first */
     int sure_from,
@@ -59,8 +60,7 @@ typedef struct {
     const AttentionShape *s;
     int b, kv_head;
     int h;     /* the queries' head; */
-    float *dq; /* the gradient of query t + r goes to dq + r * dq_token */
-    size_t dq_token;
+    float *dq; /* the gradient of query t */
 
     int key, keys;                              /* the keys key .. key + keys - 1 meet */
     int t, rows;                                /* the queries t .. t + rows - 1, */
@@ -95,8 +95,8 @@ void flash_back_lay_out(FlashBackBlock *x, float *scratch, int number);
 /* Reads the keys and values of block number `number` of that many. */
 void flash_back_begin(FlashBackBlock *x, float *scratch, int number);
 
-/* The first queries at or after t that these keys have to meet; false if there are none. */
-bool flash_back_next(FlashBackBlock *x, int t);
+/* The last queries before t that these keys have to meet; false if there are none. */
+bool flash_back_before(FlashBackBlock *x, int t);
 
 /* sight and seen of these queries; false if none sees any key. */
 bool flash_back_look(FlashBackBlock *x);
@@ -111,8 +111,9 @@ void flash_back_look_ahead(const FlashBackBlock *x, int r, bool is_q);
 /* D and dS of these queries and keys, where the first see the second; false if none sees any. */
 bool flash_back_weigh(FlashBackBlock *x);
 
-/* Adds to dk, dv and dq, in memory, what follows from D and dS. */
-void flash_back_add(FlashBackBlock *x);
+/* Adds to dk and dv, and to dq, in memory, what follows from D and dS. */
+void flash_back_add_to_keys(FlashBackBlock *x);
+void flash_back_add_to_queries(const FlashBackBlock *x);
 
 /* What waits in weights to be added to scores of the block's row r: its bias times log2 e, or -inf where it may not look; and
  * kept, if there is dropout. For the keys in its sight that are not sure, and those up to the next multiple of
@@ -120,8 +121,7 @@ void flash_back_add(FlashBackBlock *x);
 void flash_ask_row(const FlashBackBlock *x, int r);
 
 /* The gradient of a bias (flash_bias_backward.c). Has each pair a number of its own? Then dS of these queries and keys is
- * written, behind zeros for the queries from t on that did not meet the keys; returns the first query of which nothing
- * is written yet. */
+ * written, and zeros for the queries from them to t - 1, which did not meet the keys; returns the first query that is written. */
 bool flash_bias_is_of_pairs(const AttentionShape *s);
 int flash_back_write_bias(const FlashBackBlock *x, int t);
 
@@ -131,15 +131,11 @@ void flash_back_add_bias(const FlashBackBlock *x);
 void flash_bias_gradient(FlashBackBlock x, float *scratch, size_t job);
 size_t flash_bias_jobs(const AttentionShape *s);
 
-/*   partial   flash_backward_partials(s)    what tasks that share a head add to dq: some times (B,NH,T,HS)
- *   scratch   flash_backward_scratch(s)     64-byte aligned */
-void flash_attention_backward(const FlashBackward *g, float *partial, float *scratch,
-                              const AttentionShape *s);
-size_t flash_backward_partials(const AttentionShape *s);
+/* scratch: flash_backward_scratch(s) floats, 64-byte aligned. */
+void flash_attention_backward(const FlashBackward *g, float *scratch, const AttentionShape *s);
 size_t flash_backward_scratch(const AttentionShape *s);
 
 /* The same for contiguous tensors. */
-void attention_simd_backward(const AttentionBackward *g, float *partial, float *scratch,
-                             const AttentionShape *s);
+void attention_simd_backward(const AttentionBackward *g, float *scratch, const AttentionShape *s);
 
 #endif

@@ -3,6 +3,8 @@
 #include "flash_tiled_simd_backward.h"
 
 #include <math.h>
+#include <sched.h>
+#include <stdatomic.h>
 
 #include "threads.h"
 
@@ -63,22 +65,22 @@ void flash_back_lay_out(FlashBackBlock *x, float *scratch, int number)
     memset(x->summed, 0, sizeof x->summed);
 }
 
-/* Does any of TILE queries from t on see a key of the block? */
+/* Does any of the TILE queries before t see a key of the block? */
 static bool is_seen(const FlashBackBlock *x, int t)
 {
-    FlashSpan span = flash_span(x->s, x->b, t, smaller(TILE, x->s->tokens - t));
+    FlashSpan span = flash_span(x->s, x->b, larger(0, t - TILE), smaller(TILE, t));
     return span.first < x->key + x->keys && x->key < span.end;
 }
 
-bool flash_back_next(FlashBackBlock *x, int t)
+bool flash_back_before(FlashBackBlock *x, int t)
 {
     const FlashKnown *known = &x->g->known;
-    if (x->keys && t < x->s->tokens && known->next_query)
-        t = known->next_query(known->lists, x->s, x->b, x->h, t, x->key, x->key + x->keys);
-    while (x->keys && t < x->s->tokens && !is_seen(x, t))
-        t += TILE;
-    x->t = t;
-    x->rows = smaller(ROWS, x->s->tokens - t);
+    if (x->keys && t > 0 && known->queries_end)
+        t = known->queries_end(known->lists, x->s, x->b, x->h, t, x->key, x->key + x->keys);
+    while (x->keys && t > 0 && !is_seen(x, t))
+        t = larger(0, t - TILE);
+    x->t = round_up(larger(0, t - ROWS), TILE);
+    x->rows = t - x->t;
     return x->keys && x->rows > 0;
 }
 
@@ -129,11 +131,12 @@ void flash_back_ask(FlashBackBlock *x)
 
 void flash_back_look_ahead(const FlashBackBlock *x, int r, bool is_q)
 {
-    size_t next = (size_t)r + ROWS, out = next * x->g->view.out_token, q = next * x->g->view.q_token;
+    ptrdiff_t next = r - ROWS, out = next * (ptrdiff_t)x->g->view.out_token,
+              q = next * (ptrdiff_t)x->g->view.q_token;
     for (int d = 0; d < x->s->head_size; d += 16) {
         if (is_q) {
             __builtin_prefetch(x->from_q + q + d, 0, 2);
-            __builtin_prefetch(x->dq + r * x->dq_token + d, 1, 2);
+            __builtin_prefetch(x->dq + r * x->g->view.q_token + d, 1, 2);
         } else {
             __builtin_prefetch(x->from_dout + out + d, 0, 2);
             __builtin_prefetch(x->from_out + out + d, 0, 2);
@@ -141,46 +144,23 @@ void flash_back_look_ahead(const FlashBackBlock *x, int r, bool is_q)
     }
 }
 
-/* How many batch entries one task takes: all of them where they share the numbers of a bias, so that its gradient is summed
- * up in one place; but not where too few tasks would be left. */
-static int entries_of_a_task(const AttentionShape *s)
-{
-    bool shared = s->bias && s->bias_stride[0] == 0 && (s->bias_stride[1] || s->kv_heads == 1);
-    return shared && s->kv_heads * flash_back_key_blocks(s) >= FLASH_BACK_SHARES / 4 ? s->batch : 1;
-}
+/* ---- One task ---- */
 
-/* Where key/value heads are few, several tasks share one: each has some blocks of keys, and a dq of its own.
- * How many follows from the shape alone, and so do the bits. */
-static int chunks(const AttentionShape *s)
-{
-    int heads = s->batch / entries_of_a_task(s) * s->kv_heads;
-    int wanted = FLASH_BACK_SHARES / smaller(FLASH_BACK_SHARES, heads);
-    return smaller(wanted, flash_back_key_blocks(s));
-}
+/* A task is a block of keys of one key/value head, and all queries that read it. dk and dv are its own. To dq of a query the
+ * tasks add in the order of their keys, each when the one before is done with that query: so the bits are the same for any
+ * number of threads, and no task needs a dq for itself. Queries are taken from the last to the first. So under a causal mask
+ * and under a window a task meets those first that the one before does not see, and seldom waits.
+ *
+ *     done (B,NH,blocks)   the task is done with this query of the head and those after it */
 
-/* Does each number of the bias belong to one task? Then its gradient is summed up along the way. */
-static bool bias_is_own(const AttentionShape *s)
-{
-    const size_t *stride = s->bias_stride;
-    return s->bias && (stride[0] || entries_of_a_task(s) == s->batch) && (stride[1] || s->kv_heads == 1) &&
-           (stride[3] || chunks(s) == 1);
-}
-
-static int chunk_key(const AttentionShape *s, int chunk)
-{
-    return chunk * flash_back_key_blocks(s) / chunks(s) * KEYS;
-}
-
-/* The first query from which on nobody sees a key of an earlier chunk: under a window most see but one. */
-static int first_own(const AttentionShape *s, int chunk)
+/* The first query that sees nothing before the key, or that sees it or one after it. */
+static int first_query(const AttentionShape *s, int b, int key, bool sees)
 {
     int low = 0, high = s->tokens, first, end;
-    if (chunk == chunks(s))
-        return high;
     while (low < high) {
         int middle = low + (high - low) / 2;
-        flash_bounds(s, 0, middle, &first, &end);
-        if (first < chunk_key(s, chunk))
+        flash_bounds(s, b, middle, &first, &end);
+        if (sees ? end <= key : first < key)
             low = middle + 1;
         else
             high = middle;
@@ -188,12 +168,73 @@ static int first_own(const AttentionShape *s, int chunk)
     return low;
 }
 
-/* Does the chunk keep a sum for query t that is added to an earlier chunk's? */
-static bool is_shared(const AttentionShape *s, int b, int t, int chunk)
+static void wait_for(const atomic_int *done, int t)
 {
-    int first, end, key = chunk_key(s, chunk);
-    flash_bounds(s, b, t, &first, &end);
-    return first < key && key < end;
+    while (atomic_load_explicit(done, memory_order_acquire) > t)
+        sched_yield();
+}
+
+/* dq of the queries t .. end - 1 becomes 0; returns where that is from. */
+static int clear_dq(const FlashBackBlock *x, float *dq, int t, int end)
+{
+    for (int i = t; i < end; i++)
+        memset(dq + i * x->g->view.q_token, 0, x->s->head_size * sizeof *dq);
+    return smaller(t, end);
+}
+
+/* How many batch entries one task takes: all of them where they share the numbers of a bias, so that its gradient is summed
+ * up in one place; but not where too few tasks would be left. */
+static int entries_of_a_task(const AttentionShape *s)
+{
+    enum { ENOUGH = 4 };
+    bool shared = s->bias && s->bias_stride[0] == 0 && (s->bias_stride[1] || s->kv_heads == 1);
+    return shared && s->kv_heads * flash_back_key_blocks(s) >= ENOUGH ? s->batch : 1;
+}
+
+/* Does each number of the bias belong to one task? Then its gradient is summed up along the way. */
+static bool bias_is_own(const AttentionShape *s)
+{
+    const size_t *stride = s->bias_stride;
+    return s->bias && (stride[0] || entries_of_a_task(s) == s->batch) && (stride[1] || s->kv_heads == 1) &&
+           (stride[3] || flash_back_key_blocks(s) == 1);
+}
+
+/* The queries of head x->h meet block number `block`. Those from `own` on see no earlier block, those from `end` on not this one. */
+static void meet_queries(FlashBackBlock *x, atomic_int *done, int block)
+{
+    const AttentionShape *s = x->s;
+    const FlashView *view = &x->g->view;
+    float *dq = x->g->dq + x->b * view->q_batch + x->h * view->q_head;
+    bool last = block == flash_back_key_blocks(s) - 1;
+    int first = first_query(s, x->b, x->key, true), own = first_query(s, x->b, x->key, false);
+    int end = last ? s->tokens : first_query(s, x->b, x->key + KEYS, false);
+    int cleared = end, written = s->tokens;
+    for (int t = end; t > first && flash_back_before(x, t); t = x->t) {
+        int from = larger(x->t, first);
+        x->rows -= from - x->t;
+        x->t = from;
+        x->dq = dq + from * view->q_token;
+        if (from < own)
+            wait_for(done - 1, from);
+        if (!flash_back_weigh(x))
+            continue;
+        flash_back_add_to_keys(x);
+        cleared = clear_dq(x, dq, larger(own, from), cleared);
+        flash_back_add_to_queries(x);
+        atomic_store_explicit(done, from, memory_order_release);
+        if (flash_bias_is_of_pairs(s))
+            written = flash_back_write_bias(x, written);
+        else if (bias_is_own(s))
+            flash_back_add_bias(x);
+    }
+    clear_dq(x, dq, own, cleared);
+    if (first < own)
+        wait_for(done - 1, first);
+    atomic_store_explicit(done, first, memory_order_release);
+    if (flash_bias_is_of_pairs(s)) { /* zeros for the queries that are left */
+        x->t = x->rows = 0;
+        flash_back_write_bias(x, written);
+    }
 }
 
 /* dk = dv = 0 where no query sees a key of TILE, and beyond the valid length. */
@@ -210,90 +251,41 @@ static void clear_unseen(const FlashBackBlock *x)
     }
 }
 
-/* Where a chunk adds up dq of query t: its own where the caller wants it, others in `partial`. */
-static float *dq_row(const FlashBackBlock *x, float *partial, int chunk, int own, int t)
+static void block_gradient(FlashBackBlock x, atomic_int *done, float *scratch, int block)
 {
-    const FlashView *view = &x->g->view;
-    if (t >= own)
-        return x->g->dq + x->b * view->q_batch + x->h * view->q_head + t * view->q_token;
-    return partial + (chunk - 1) * query_count(x->s) + query_row(x->s, x->b, x->h, t);
+    int heads = x.s->heads, group = heads / x.s->kv_heads, blocks = flash_back_key_blocks(x.s);
+    flash_back_begin(&x, scratch, block);
+    for (x.h = x.kv_head * group; x.h < (x.kv_head + 1) * group; x.h++)
+        meet_queries(&x, done + ((size_t)x.b * heads + x.h) * blocks + block, block);
+    clear_unseen(&x);
 }
 
-/* Of queries t .. end - 1 it becomes 0, if anyone reads it; returns the first query of which it has not. */
-static int clear_dq(const FlashBackBlock *x, float *partial, int chunk, int own, int t, int end)
+/* ---- All of them ---- */
+
+/* The heads whose tasks there are: where batch entries go together, those of one entry. */
+static size_t heads_of_tasks(const AttentionShape *s)
 {
-    for (; t < end; t++)
-        if (t >= own || is_shared(x->s, x->b, t, chunk))
-            memset(dq_row(x, partial, chunk, own, t), 0, x->s->head_size * sizeof *partial);
-    return t;
+    return (size_t)(s->batch / entries_of_a_task(s)) * s->kv_heads;
 }
 
-/* Chunk number `chunk` of the keys of one key/value head, and all queries that read it. */
-static void chunk_gradient(FlashBackBlock x, float *partial, float *scratch, int chunk)
+static size_t tasks(const AttentionShape *s)
+{
+    return heads_of_tasks(s) * flash_back_key_blocks(s);
+}
+
+/* Task number n: as many heads as there are threads, `abreast`, are taken block by block; then the next. So threads seldom wait
+ * for each other, and what is read again for the next block of a head may still lie in a cache. Blocks ascend: under a causal
+ * mask the first have most to do. */
+static void task_gradient(FlashBackBlock x, atomic_int *done, float *scratch, size_t n, size_t abreast)
 {
     const AttentionShape *s = x.s;
-    int n = chunks(s), blocks = flash_back_key_blocks(s), group = s->heads / s->kv_heads;
-    int first = chunk * blocks / n, first_head = x.kv_head * group;
-    int own = first_own(s, chunk), own_end = first_own(s, chunk + 1);
-    bool of_pairs = flash_bias_is_of_pairs(s);
-    for (int block = first; block < (chunk + 1) * blocks / n; block++) {
-        flash_back_begin(&x, scratch, block);
-        for (x.h = first_head; x.h < first_head + group; x.h++) {
-            int cleared = block > first ? own_end : 0, written = 0;
-            for (int t = 0; flash_back_next(&x, t) && x.t < own_end; t = x.t + x.rows) {
-                x.rows = smaller(x.rows, (x.t < own ? own : own_end) - x.t);
-                x.dq = dq_row(&x, partial, chunk, own, x.t);
-                x.dq_token = x.t < own ? (size_t)s->head_size : x.g->view.q_token;
-                if (!flash_back_weigh(&x))
-                    continue;
-                cleared = clear_dq(&x, partial, chunk, own, cleared, x.t + x.rows);
-                flash_back_add(&x);
-                if (of_pairs)
-                    written = flash_back_write_bias(&x, written);
-                else if (bias_is_own(s))
-                    flash_back_add_bias(&x);
-            }
-            clear_dq(&x, partial, chunk, own, cleared, own_end);
-            if (of_pairs) { /* zeros for the queries that are left */
-                x.t = s->tokens, x.rows = 0;
-                flash_back_write_bias(&x, written);
-            }
-        }
-        clear_unseen(&x);
-    }
-}
-
-/* A task: one chunk of one key/value head, in one batch entry or in all. First chunks come first: under a causal mask they
- * have most to do. */
-static void task_gradient(FlashBackBlock x, float *partial, float *scratch, size_t job)
-{
-    const AttentionShape *s = x.s;
-    int entries = entries_of_a_task(s), heads = s->batch / entries * s->kv_heads, head = (int)(job % heads);
-    int first = head / s->kv_heads * entries;
-    x.kv_head = head % s->kv_heads;
-    for (x.b = first; x.b < first + entries; x.b++)
-        chunk_gradient(x, partial, scratch, (int)(job / heads));
-}
-
-/* dq += the partial sums of the other chunks, in their order. */
-static void add_partials(const FlashBackward *g, const float *partial, const AttentionShape *s)
-{
-    const FlashView *view = &g->view;
-#pragma omp parallel for
-    for (size_t row = 0; row < lse_count(s); row++) {
-        size_t bh = row / s->tokens;
-        float *dq = g->dq + bh / s->heads * view->q_batch + bh % s->heads * view->q_head +
-                    row % s->tokens * view->q_token;
-        for (int chunk = 1; chunk < chunks(s); chunk++)
-            if (is_shared(s, (int)(bh / s->heads), (int)(row % s->tokens), chunk))
-                for (int d = 0; d < s->head_size; d++)
-                    dq[d] += partial[(chunk - 1) * query_count(s) + row * s->head_size + d];
-    }
-}
-
-static size_t jobs(const AttentionShape *s)
-{
-    return (size_t)(s->batch / entries_of_a_task(s)) * s->kv_heads * chunks(s);
+    size_t of_all = abreast * flash_back_key_blocks(s), first = n / of_all * abreast;
+    size_t heads = heads_of_tasks(s) - first < abreast ? heads_of_tasks(s) - first : abreast;
+    size_t head = first + n % of_all % heads;
+    int entries = entries_of_a_task(s), first_entry = (int)(head / s->kv_heads) * entries;
+    x.kv_head = (int)(head % s->kv_heads);
+    for (x.b = first_entry; x.b < first_entry + entries; x.b++)
+        block_gradient(x, done, scratch, (int)(n % of_all / heads));
 }
 
 static size_t bias_jobs(const AttentionShape *s)
@@ -301,35 +293,39 @@ static size_t bias_jobs(const AttentionShape *s)
     return s->bias && !bias_is_own(s) ? flash_bias_jobs(s) : 0;
 }
 
-/* Each has scratch of its own, and keeps it from job to job: it stays in the cache. */
+/* Each has scratch of its own, and keeps it from task to task: it stays in the cache. */
 static int most_threads(const AttentionShape *s)
 {
-    size_t most = jobs(s) > bias_jobs(s) ? jobs(s) : bias_jobs(s);
+    size_t most = tasks(s) > bias_jobs(s) ? tasks(s) : bias_jobs(s);
     return most < FLASH_BACK_THREADS ? (int)most : FLASH_BACK_THREADS;
 }
 
-size_t flash_backward_partials(const AttentionShape *s)
+static size_t all_blocks(const AttentionShape *s)
 {
-    return (chunks(s) - 1) * query_count(s);
+    return (size_t)s->batch * s->heads * flash_back_key_blocks(s);
 }
 
 size_t flash_backward_scratch(const AttentionShape *s)
 {
-    return most_threads(s) * flash_back_block_floats(s->head_size);
+    return most_threads(s) * flash_back_block_floats(s->head_size) +
+           all_blocks(s) * sizeof(atomic_int) / sizeof(float);
 }
 
-void flash_attention_backward(const FlashBackward *g, float *partial, float *scratch, const AttentionShape *s)
+/* monotonic: each thread takes its tasks in order, so that of those not yet done the first is under way, and waits for none. */
+void flash_attention_backward(const FlashBackward *g, float *scratch, const AttentionShape *s)
 {
     size_t floats = flash_back_block_floats(s->head_size);
+    int threads = smaller(omp_get_max_threads(), most_threads(s));
     const FlashBackBlock x = {.g = g, .s = s, .dq = g->dq};
+    atomic_int *done = (atomic_int *)(scratch + most_threads(s) * floats);
+    for (size_t i = 0; i < all_blocks(s); i++)
+        atomic_init(&done[i], s->tokens);
     if (s->bias && !flash_bias_is_of_pairs(s))
         memset(g->dbias, 0, broadcast_of(s).elements * sizeof *g->dbias);
-#pragma omp parallel for schedule(dynamic) num_threads(smaller(omp_get_max_threads(), most_threads(s)))
-    for (size_t job = 0; job < jobs(s); job++)
-        task_gradient(x, partial, scratch + omp_get_thread_num() * floats, job);
-    if (chunks(s) > 1)
-        add_partials(g, partial, s);
-#pragma omp parallel for schedule(dynamic) num_threads(smaller(omp_get_max_threads(), most_threads(s)))
+#pragma omp parallel for schedule(monotonic : dynamic) num_threads(threads)
+    for (size_t n = 0; n < tasks(s); n++)
+        task_gradient(x, done, scratch + omp_get_thread_num() * floats, n, threads);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (size_t job = 0; job < bias_jobs(s); job++)
         flash_bias_gradient(x, scratch + omp_get_thread_num() * floats, job);
 }
@@ -344,9 +340,8 @@ FlashBackward flash_backward(const AttentionBackward *a, const AttentionShape *s
                            .dbias = a->dbias};
 }
 
-void attention_simd_backward(const AttentionBackward *a, float *partial, float *scratch,
-                             const AttentionShape *s)
+void attention_simd_backward(const AttentionBackward *a, float *scratch, const AttentionShape *s)
 {
     FlashBackward g = flash_backward(a, s);
-    flash_attention_backward(&g, partial, scratch, s);
+    flash_attention_backward(&g, scratch, s);
 }

@@ -372,7 +372,8 @@ static void tell_chat_code(void)
         0; /* a double that is the largest of floats stops gcc 12 for arm64 with an error of its own */
     for (int i = 0; i < NUMBERS; i++) {
         int t = i / WIDTH, h = i % WIDTH / HEAD_SIZE;
-        apart = fmaxf(apart, fabsf(out[i] - out[NUMBERS + (h * TOKENS + t) * HEAD_SIZE + i % HEAD_SIZE]));
+        apart =
+            (float)worse(apart, fabsf(out[i] - out[NUMBERS + (h * TOKENS + t) * HEAD_SIZE + i % HEAD_SIZE]));
     }
 
     double ratio = split.scale / whole.scale;

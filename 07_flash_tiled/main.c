@@ -87,15 +87,13 @@ static void forward_simd(const Tensors *t, const AttentionShape *s)
 static int backward_workspace_simd(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
     floats[0] = flash_backward_scratch(s);
-    floats[1] = flash_backward_partials(s);
-    return floats[1] ? 2 : 1;
+    return 1;
 }
 
 static void backward_simd(const Tensors *t, const AttentionShape *s)
 {
-    float *const *d = t->backward_workspace;
     AttentionBackward g = gradients(t);
-    attention_simd_backward(&g, d[1], d[0], s);
+    attention_simd_backward(&g, t->backward_workspace[0], s);
 }
 
 /* In bf16 the pointers stand for 16-bit numbers. */
@@ -167,7 +165,7 @@ static void forward_sdpa(const Tensors *t, const AttentionShape *s)
                 t->parameter[2], s);
 }
 
-enum { D_QKV, D_CONTEXT, D_SCRATCH, PARTIAL, D_ATTENDED }; /* their backward workspace */
+enum { D_QKV, D_CONTEXT, D_SCRATCH, D_ATTENDED }; /* their backward workspace */
 
 static int backward_workspace_sdpa(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
@@ -175,25 +173,21 @@ static int backward_workspace_sdpa(const AttentionShape *s, size_t floats[MAX_BU
     floats[D_QKV] = 3 * row;
     floats[D_CONTEXT] = row;
     floats[D_SCRATCH] = flash_backward_scratch(s);
-    floats[PARTIAL] = flash_backward_partials(s);
-    return 4;
+    return 3;
 }
 
 static int backward_workspace_torch_mha(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
     backward_workspace_sdpa(s, floats);
     floats[D_ATTENDED] = floats[D_CONTEXT];
-    return 5;
+    return 4;
 }
 
 static ModuleScratch module_scratch(const Tensors *t)
 {
     float *const *d = t->backward_workspace;
-    return (ModuleScratch){.d_qkv = d[D_QKV],
-                           .d_context = d[D_CONTEXT],
-                           .d_attended = d[D_ATTENDED],
-                           .scratch = d[D_SCRATCH],
-                           .partial = d[PARTIAL]};
+    return (ModuleScratch){
+        .d_qkv = d[D_QKV], .d_context = d[D_CONTEXT], .d_attended = d[D_ATTENDED], .scratch = d[D_SCRATCH]};
 }
 
 static void backward_sdpa(const Tensors *t, const AttentionShape *s)

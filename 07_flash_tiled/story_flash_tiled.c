@@ -15,7 +15,7 @@ static double gradients_apart(const StoryRun *a, const StoryRun *b)
     size_t queries = query_count(&a->shape), keys = key_count(&a->shape);
     double dq = furthest_apart(a->t.dq, b->t.dq, queries), dk = furthest_apart(a->t.dk, b->t.dk, keys),
            dv = furthest_apart(a->t.dv, b->t.dv, keys);
-    return isnan(dq + dk + dv) ? NAN : fmax(dq, fmax(dk, dv));
+    return worse(dq, worse(dk, dv));
 }
 
 /* Output and gradients, of which the oracle has judged each by itself. */

@@ -125,7 +125,7 @@ static void packed_as_alone(const char *name, const char *mask)
                 for (size_t n = 0; n < slab_size; n++) {
                     double expected = alone.tensor[i][slab * slab_size + n];
                     double off = fabs(within(&packed, i, slab, first)[n] - expected);
-                    apart = off <= apart ? apart : off; /* a NaN stays */
+                    apart = worse(apart, off);
                 }
             cr_expect(apart <= 1e-6 * largest, "%s, %s, tokens %d to %d: %s off by %g of %g", name, mask,
                       first, end, tensor_name[i], apart, largest);

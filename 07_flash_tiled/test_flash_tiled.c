@@ -47,10 +47,8 @@ static Run *run_kernel(const char *name, const char *words)
 static double furthest(const float *a, const float *b, size_t n)
 {
     double most = 0;
-    for (size_t i = 0; i < n; i++) {
-        double apart = a[i] == b[i] ? 0 : fabs((double)a[i] - (double)b[i]);
-        most = apart <= most ? most : apart; /* a NaN stays */
-    }
+    for (size_t i = 0; i < n; i++)
+        most = worse(most, a[i] == b[i] ? 0 : fabs((double)a[i] - (double)b[i]));
     return most;
 }
 

@@ -174,7 +174,7 @@ static void expect_same(const Gradients *expected, Gradients p, const char *name
         double apart = 0, largest = 0;
         for (size_t i = 0; i < p.count[g]; i++) {
             double difference = fabs((double)p.gradient[g][i] - (double)expected->gradient[g][i]);
-            apart = difference <= apart ? apart : difference; /* a NaN stays */
+            apart = worse(apart, difference);
             largest = fmax(largest, fabs((double)expected->gradient[g][i]));
         }
         double summed = g == DBIAS && p.s.bias ? (double)weights_count(&p.s) / (double)p.count[g] : 1;
@@ -225,14 +225,44 @@ Test(simd_gradient, edges_of_its_tiles)
             }
 }
 
-/* A head whose keys are shared out among tasks: their partial dq are added up. */
-Test(simd_gradient, one_head_in_several_tasks)
+/* The blocks of a head's keys are tasks of their own, which add to the same dq, each in its turn: right under every mask, and
+ * the same bits whether one thread does all or four come in each other's way. */
+Test(simd_gradient, of_one_head_in_several_tasks)
 {
-    Gradients p = problem(1, 2, 130, 7 * FLASH_BACK_KEYS + 5, 24);
-    cr_assert(flash_backward_partials(&p.s) == 7 * query_count(&p.s), "8 blocks of keys, each a task");
-    differentiate(&p, "tiled");
-    expect_same(&p, p, "simd", "8 tasks a head");
-    free_problem(&p);
+    enum { K = FLASH_BACK_KEYS, KEY_TOKENS = 4 * K };
+    static int document[KEY_TOKENS];
+    for (int i = 0; i < KEY_TOKENS; i++)
+        document[i] = (i > 20) + (i > K + 30) + (i > 3 * K);
+    const Mask masks[] = {{.kind = MASK_NONE},
+                          {.kind = MASK_CAUSAL},
+                          {.kind = MASK_WINDOW, .width = 60},
+                          {.kind = MASK_WINDOW, .width = 2 * K + 10},
+                          {.kind = MASK_PREFIX, .width = K + 7},
+                          {.kind = MASK_LOCAL_GLOBAL, .width = 30, .extra = 3},
+                          {.kind = MASK_DILATED, .width = 50, .extra = 9},
+                          {.kind = MASK_DOCUMENTS, .document = document},
+                          {.kind = MASK_FUTURE}};
+    const int tokens[] = {130, KEY_TOKENS, KEY_TOKENS + 40}, lengths[] = {KEY_TOKENS, 2 * K + 9};
+    for (int i = 0; i < 9 * 3 * 2; i++) {
+        Gradients p = problem(1, 1, tokens[i % 3], KEY_TOKENS, 24);
+        char what[100];
+        snprintf(what, sizeof what, "mask %d, T %d, %d keys", i / 6, p.s.tokens, lengths[i / 3 % 2]);
+        p.s.mask = masks[i / 6];
+        p.s.lengths = &lengths[i / 3 % 2];
+        differentiate(&p, "tiled");
+        expect_same(&p, p, "simd", what);
+        Gradients one = p, four = p;
+        omp_set_num_threads(1);
+        differentiate(&one, "simd");
+        omp_set_num_threads(4);
+        differentiate(&four, "simd");
+        for (int g = DQ; g <= DV; g++)
+            cr_expect(memcmp(one.gradient[g], four.gradient[g], p.count[g] * sizeof(float)) == 0,
+                      "%s: four threads, %s", what, gradient_name[g]);
+        free_gradients(&one);
+        free_gradients(&four);
+        free_problem(&p);
+    }
 }
 
 Test(gradients, same_bits_for_any_number_of_threads)
@@ -463,7 +493,9 @@ Test(gradients, memory_is_linear_in_tokens)
 {
     cr_expect(backward_floats("tiled", 1024) == 12 * 1024 * (1 + 2 * 64), "delta, and k and v turned");
     cr_expect(backward_floats("tiled", 1 << 17) == (12 << 17) * (1 + 2 * 64));
-    size_t task = backward_floats("simd", 1);
-    cr_expect(task <= 12 * 1000 * 1000 / 4, "%zu floats for 12 heads", task);
-    cr_expect(backward_floats("simd", 1 << 20) == task, "each of 12 heads is one task");
+    size_t thread = flash_back_block_floats(64);
+    cr_expect(thread <= 1000 * 1000 / 4, "%zu floats for each thread", thread);
+    cr_expect(backward_floats("simd", 1) == 12 * (thread + 1), "each of 12 heads is one task");
+    cr_expect(backward_floats("simd", 1000 * FLASH_BACK_KEYS) == FLASH_BACK_THREADS * thread + 12 * 1000,
+              "beside the threads' own, a number for each task");
 }

@@ -14,6 +14,7 @@ trick triangle 'all queries meet all keys, and what lies above the diagonal is m
     'eight queries know which keys they see, and all products keep to these' causal
 edit flash_view_backward.c 'kind == 0 ? 0 : smaller(span.end - x->key, x->keys)' 'x->keys'
 edit flash_view_backward.c 'return span.first < x->key + x->keys && x->key < span.end;' 'return span.end >= 0;'
+edit flash_view_backward.c 'int first = first_query(s, x->b, x->key, true), own' 'int first = 0, own'
 
 trick keys '48 keys a block' \
     'with 288 the queries, and dq, come from memory a sixth as often'

@@ -74,14 +74,13 @@ static void forward_simd(const Tensors *t, const AttentionShape *s)
 static void backward_simd(const Tensors *t, const AttentionShape *s)
 {
     AttentionBackward g = {t->q, t->k, t->v, t->out, t->lse, t->dout, t->dq, t->dk, t->dv, t->dbias};
-    attention_simd_backward(&g, t->backward_workspace[1], t->backward_workspace[0], s);
+    attention_simd_backward(&g, t->backward_workspace[0], s);
 }
 
-static int scratch_and_partials(const AttentionShape *s, size_t floats[MAX_BUFFERS])
+static int backward_scratch(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
     floats[0] = flash_backward_scratch(s);
-    floats[1] = flash_backward_partials(s);
-    return floats[1] ? 2 : 1;
+    return 1;
 }
 
 static int tiles(const AttentionShape *s, size_t floats[MAX_BUFFERS])
@@ -197,7 +196,7 @@ static const Kernel kernels[] = {
      .takes = TAKES_QKV,
      .forward = forward_simd,
      .backward = backward_simd,
-     .backward_workspace = scratch_and_partials,
+     .backward_workspace = backward_scratch,
      .workspace = tiles,
      .dropout = DROPOUT_POSITION,
      .grouped = true},

@@ -125,10 +125,10 @@ Test(sharing, head_h_reads_key_value_head_h_over_group)
                     size_t first = query_row(&p.s, b, h, 0);
                     size_t kv = ((size_t)b * kv_heads[i] + h / (6 / kv_heads[i])) * 53 * 24;
                     attention_grouped(alone, alone_lse, p.q + first, p.k + kv, p.v + kv, &one);
-                    float worst = 0;
+                    double worst = 0;
                     for (int n = 0; n < 53 * 24; n++)
-                        worst = fmaxf(worst, fabsf(alone[n] - p.out[first + n]));
-                    cr_expect(worst <= 2e-6f, "%s, %d key/value heads: head %d of entry %d is off by %g",
+                        worst = worse(worst, fabs((double)alone[n] - p.out[first + n]));
+                    cr_expect(worst <= 2e-6, "%s, %d key/value heads: head %d of entry %d is off by %g",
                               names[kernel], kv_heads[i], h, b, worst);
                 }
             free(alone);
@@ -189,11 +189,12 @@ Test(sharing, gradients_are_summed_over_the_group)
                         for (int n = 0; n < T * HS; n++) {
                             dk[n] += one.dk[n];
                             dv[n] += one.dv[n];
-                            dq_off = fmax(dq_off, fabs((double)one.dq[n] - p.dq[first + n]));
+                            dq_off = worse(dq_off, fabs((double)one.dq[n] - p.dq[first + n]));
                         }
                     }
                     for (int n = 0; n < T * HS; n++)
-                        dkv_off = fmax(dkv_off, fmax(fabs(dk[n] - p.dk[kv + n]), fabs(dv[n] - p.dv[kv + n])));
+                        dkv_off =
+                            worse(dkv_off, worse(fabs(dk[n] - p.dk[kv + n]), fabs(dv[n] - p.dv[kv + n])));
                     cr_expect(dq_off <= 2e-6 && dkv_off <= 2e-5,
                               "%s, %d key/value heads: head %d is off by %g, %g", names[kernel], kv_heads[i],
                               kv_head, dq_off, dkv_off);

@@ -60,10 +60,10 @@ static double off_by(const Problem *p)
            worst = 0;
     oracle_attention(out, lse, NULL, NULL, 0, p->q, p->k, p->v, NULL, &p->s);
     for (size_t i = 0; i < query_count(&p->s); i++)
-        worst = fabs(out[i] - p->out[i]) <= worst ? worst : fabs(out[i] - p->out[i]);
-    for (size_t i = 0; i < lse_count(&p->s) && !isnan(worst); i++)
+        worst = worse(worst, fabs(out[i] - p->out[i]));
+    for (size_t i = 0; i < lse_count(&p->s); i++)
         if (lse[i] != p->lse[i])
-            worst = fabs(lse[i] - p->lse[i]) <= worst ? worst : fabs(lse[i] - p->lse[i]);
+            worst = worse(worst, fabs(lse[i] - p->lse[i]));
     free(out);
     free(lse);
     return isnan(worst) ? INFINITY : worst;

@@ -68,20 +68,19 @@ void attention_block_sparse_backward(const AttentionBackward *g, float *delta, c
 /* The same with chapter 7's tile steps, after attention_block_sparse_simd: the lists must be of the book's
  * masks.
  *
- *   partial   flash_backward_partials(s) floats   what tasks that share a head add to dq
- *   scratch   flash_backward_scratch(s) floats    64-byte aligned */
-void attention_block_sparse_simd_backward(const AttentionBackward *g, float *partial, float *scratch,
+ *   scratch   flash_backward_scratch(s) floats, 64-byte aligned */
+void attention_block_sparse_simd_backward(const AttentionBackward *g, float *scratch,
                                           const BlockMask *transposed, const AttentionShape *s);
 
 /* The gradients of flex_attention, from the qkv, context and lse that it left.
  *
  *   dx, d_qkv_weight, d_proj_weight, d_proj_bias   written: as what they are the gradients of
  *   d_qkv (B,T,3*C_out), d_context (B,T,C_out)     written: likewise
- *   partial, scratch                               as above */
+ *   scratch                                        as above */
 void flex_attention_backward(float *dx, float *d_qkv_weight, float *d_proj_weight, float *d_proj_bias,
-                             float *d_qkv, float *d_context, float *partial, float *scratch,
-                             const float *dout, const float *qkv, const float *context, const float *lse,
-                             const float *x, const float *qkv_weight, const float *proj_weight,
-                             const BlockMask *transposed, const AttentionShape *s);
+                             float *d_qkv, float *d_context, float *scratch, const float *dout,
+                             const float *qkv, const float *context, const float *lse, const float *x,
+                             const float *qkv_weight, const float *proj_weight, const BlockMask *transposed,
+                             const AttentionShape *s);
 
 #endif

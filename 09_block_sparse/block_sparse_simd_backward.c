@@ -8,26 +8,26 @@
 #include "block_sparse.h"
 #include "matmul.h"
 
-/* The first query at or after t in a block that some key block of key <= .. < end lists. */
-static int next_query(const void *lists, const AttentionShape *s, int b, int h, int t, int key, int end)
+/* How far the queries before t reach that lie in a block that some key block of key <= .. < end lists; 0 if there are none. */
+static int queries_end(const void *lists, const AttentionShape *s, int b, int h, int t, int key, int end)
 {
+    (void)s;
     const BlockMask *transposed = lists;
-    int N = transposed->block, next = s->tokens;
+    int N = transposed->block, reach = 0;
     for (int j = key / N; j <= (end - 1) / N; j++) {
         int listed, n = 0;
         const ListedBlock *list = block_list(transposed, b, h, j, &listed);
-        for (int high = listed; n < high;) { /* the first that does not end before t: they ascend */
+        for (int high = listed; n < high;) { /* how many begin before t: they ascend */
             int middle = n + (high - n) / 2;
-            if ((list[middle].key_block + 1) * N <= t)
+            if (list[middle].key_block * N < t)
                 n = middle + 1;
             else
                 high = middle;
         }
-        int start = n < listed ? list[n].key_block * N : s->tokens;
-        start = start > t ? start : t;
-        next = n < listed && start < next ? start : next;
+        if (n > 0)
+            reach = larger(reach, smaller(t, (list[n - 1].key_block + 1) * N));
     }
-    return next;
+    return reach;
 }
 
 static int how_many(const AttentionShape *s, int b, int t, int t_end, int key, int end)
@@ -37,15 +37,15 @@ static int how_many(const AttentionShape *s, int b, int t, int t_end, int key, i
 
 static FlashKnown known_from(const BlockMask *transposed)
 {
-    return (FlashKnown){.lists = transposed, .next_query = next_query, .how_many = how_many};
+    return (FlashKnown){.lists = transposed, .queries_end = queries_end, .how_many = how_many};
 }
 
-void attention_block_sparse_simd_backward(const AttentionBackward *a, float *partial, float *scratch,
+void attention_block_sparse_simd_backward(const AttentionBackward *a, float *scratch,
                                           const BlockMask *transposed, const AttentionShape *s)
 {
     FlashBackward g = flash_backward(a, s);
     g.known = known_from(transposed);
-    flash_attention_backward(&g, partial, scratch, s);
+    flash_attention_backward(&g, scratch, s);
 }
 
 /* The gradient of linear(): with y = x W^T, d_x = d_y W and d_weight = d_y^T x. */
@@ -73,10 +73,10 @@ static void sum_rows(float *sum, const float *y, size_t rows, int width)
 }
 
 void flex_attention_backward(float *dx, float *d_qkv_weight, float *d_proj_weight, float *d_proj_bias,
-                             float *d_qkv, float *d_context, float *partial, float *scratch,
-                             const float *dout, const float *qkv, const float *context, const float *lse,
-                             const float *x, const float *qkv_weight, const float *proj_weight,
-                             const BlockMask *transposed, const AttentionShape *s)
+                             float *d_qkv, float *d_context, float *scratch, const float *dout,
+                             const float *qkv, const float *context, const float *lse, const float *x,
+                             const float *qkv_weight, const float *proj_weight, const BlockMask *transposed,
+                             const AttentionShape *s)
 {
     size_t T = s->tokens, HS = s->head_size, rows = s->batch * T;
     int C_out = s->embed_out;
@@ -97,7 +97,7 @@ void flex_attention_backward(float *dx, float *d_qkv_weight, float *d_proj_weigh
                        .dk = d_qkv + C_out,
                        .dv = d_qkv + 2 * C_out,
                        .known = known_from(transposed)};
-    flash_attention_backward(&g, partial, scratch, s);
+    flash_attention_backward(&g, scratch, s);
 
     linear_backward(dx, d_qkv_weight, d_qkv, x, qkv_weight, rows, s->embed, 3 * C_out);
 }

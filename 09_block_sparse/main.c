@@ -44,9 +44,9 @@ static void backward_dense_mask(const Tensors *t, const AttentionShape *s)
                                   t->backward_workspace[0], s);
 }
 
-enum { LISTS, SCRATCH, QKV, CONTEXT, LSE };        /* workspace of the others */
-enum { TRANSPOSED, DELTA };                        /* and what block_sparse needs for its backward pass; */
-enum { D_SCRATCH = 1, PARTIAL, D_QKV, D_CONTEXT }; /* the others, in place of delta */
+enum { LISTS, SCRATCH, QKV, CONTEXT, LSE }; /* workspace of the others */
+enum { TRANSPOSED, DELTA };                 /* and what block_sparse needs for its backward pass; */
+enum { D_SCRATCH = 1, D_QKV, D_CONTEXT };   /* the others, in place of delta */
 
 static int workspace_block_sparse(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
@@ -82,8 +82,7 @@ static int backward_workspace_simd(const AttentionShape *s, size_t floats[MAX_BU
 {
     floats[TRANSPOSED] = transposed_mask_floats(s, false, false);
     floats[D_SCRATCH] = flash_backward_scratch(s);
-    floats[PARTIAL] = flash_backward_partials(s);
-    return 3;
+    return 2;
 }
 
 static int backward_workspace_flex(const AttentionShape *s, size_t floats[MAX_BUFFERS])
@@ -92,7 +91,7 @@ static int backward_workspace_flex(const AttentionShape *s, size_t floats[MAX_BU
     backward_workspace_simd(s, floats);
     floats[D_QKV] = 3 * row;
     floats[D_CONTEXT] = row;
-    return 5;
+    return 4;
 }
 
 /* The lists are made anew in each call: what they cost is in the time. */
@@ -128,7 +127,7 @@ static void backward_simd(const Tensors *t, const AttentionShape *s)
     float *const *d = t->backward_workspace;
     BlockMask mask = lists(t, s), transposed = transpose_in(d[TRANSPOSED], &mask);
     AttentionBackward g = gradients(t);
-    attention_block_sparse_simd_backward(&g, d[PARTIAL], d[D_SCRATCH], &transposed, s);
+    attention_block_sparse_simd_backward(&g, d[D_SCRATCH], &transposed, s);
 }
 
 static void parameters_flex(Parameters *p, const AttentionShape *s)
@@ -149,9 +148,8 @@ static void backward_flex(const Tensors *t, const AttentionShape *s)
     BlockMask mask = lists(t, s), transposed = transpose_in(t->backward_workspace[TRANSPOSED], &mask);
     float *const *d = t->backward_workspace;
     flex_attention_backward(t->dx, t->d_parameter[0], t->d_parameter[1], t->d_parameter[2], d[D_QKV],
-                            d[D_CONTEXT], d[PARTIAL], d[D_SCRATCH], t->dout, t->workspace[QKV],
-                            t->workspace[CONTEXT], t->workspace[LSE], t->x, t->parameter[0], t->parameter[1],
-                            &transposed, s);
+                            d[D_CONTEXT], d[D_SCRATCH], t->dout, t->workspace[QKV], t->workspace[CONTEXT],
+                            t->workspace[LSE], t->x, t->parameter[0], t->parameter[1], &transposed, s);
 }
 
 static void describe_flex(OracleModule *module, OracleLinear *query, OracleLinear *key, OracleLinear *value,

@@ -273,10 +273,8 @@ void differentiate(const Inputs *p, int kernel, const BlockMask *mask)
     float *delta = allocate_floats(lse_count(s));
     BlockMask transposed = transpose_in(memory, used);
     if (kernel == SIMD) {
-        float *partial = allocate_floats(flash_backward_partials(s));
         float *scratch = allocate_floats(flash_backward_scratch(s));
-        attention_block_sparse_simd_backward(&g, partial, scratch, &transposed, s);
-        free(partial);
+        attention_block_sparse_simd_backward(&g, scratch, &transposed, s);
         free(scratch);
     } else
         attention_block_sparse_backward(&g, delta, used, &transposed, s);
@@ -289,9 +287,7 @@ static double largest_difference(const float *ours, const double *expected, size
 {
     double worst = 0;
     for (size_t i = 0; i < count; i++) {
-        double difference = fabs(ours[i] - expected[i]);
-        if (!(difference <= worst))
-            worst = difference;
+        worst = worse(worst, fabs(ours[i] - expected[i]));
     }
     return worst;
 }
@@ -345,7 +341,7 @@ double gradient_error(const Inputs *p, MaskPredicate *predicate)
         largest_difference(p->dq, dq, query_count(s)), largest_difference(p->dk, dk, key_count(s)),
         largest_difference(p->dv, dv, key_count(s)), largest_difference(p->dbias, dbias, numbers)};
     for (int i = 0; i < 4; i++)
-        worst = error[i] <= worst ? worst : error[i]; /* a NaN stays */
+        worst = worse(worst, error[i]);
     double *const owned[] = {dq, dk, dv, weight, dbias};
     for (int i = 0; i < 5; i++)
         free(owned[i]);
@@ -378,9 +374,7 @@ double error_against(const Inputs *p, MaskPredicate *predicate)
                     worst = INFINITY;
                 for (int c = 0; c < HS; c++) {
                     double expected = sum == 0 ? 0 : out[c] / sum;
-                    double difference = fabs(p->out[query_row(s, b, h, t) + c] - expected);
-                    if (!(difference <= worst))
-                        worst = difference;
+                    worst = worse(worst, fabs(p->out[query_row(s, b, h, t) + c] - expected));
                 }
             }
     free(out);

@@ -73,9 +73,7 @@ void comparison_text(char *text, size_t size, const Comparison *c)
 double furthest_apart(const float *a, const float *b, size_t count)
 {
     double most = 0;
-    for (size_t i = 0; i < count; i++) {
-        double apart = fabs((double)a[i] - b[i]);
-        most = apart <= most ? most : apart; /* a NaN stays */
-    }
+    for (size_t i = 0; i < count; i++)
+        most = worse(most, fabs((double)a[i] - b[i]));
     return most;
 }

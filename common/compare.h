@@ -2,6 +2,7 @@
 #ifndef COMMON_COMPARE_H
 #define COMMON_COMPARE_H
 
+#include <math.h>
 #include <stdbool.h>
 #include <stddef.h>
 
@@ -26,6 +27,12 @@ Comparison compare(const float *ours, const double *expected, size_t count, doub
  * magnitude, so that what is left of a sum of ordinary numbers that cancel is judged by their size, not by its own. */
 Comparison compare_gradient(const float *ours, const double *expected, size_t count, double tolerance,
                             double magnitude);
+
+/* The larger of both; NaN if either is, which fmax() would drop, and so would a test made of it. */
+static inline double worse(double a, double b)
+{
+    return a > b || isnan(a) ? a : b;
+}
 
 /* The largest |a[i] - b[i]|; NaN if there is one. */
 double furthest_apart(const float *a, const float *b, size_t count);

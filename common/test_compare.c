@@ -162,3 +162,11 @@ Test(compare, small_gradients_off_by_a_percent_fail)
     double expected[2] = {1e-3, -1e-3};
     cr_expect(!compare_gradient(ours, expected, 2, 1e-5, 0.1).passed);
 }
+
+Test(compare, the_largest_of_differences_keeps_a_nan)
+{
+    const float zeros[3] = {0}, ours[3] = {1, NAN, 2};
+    cr_expect(furthest_apart(ours, zeros, 1) == 1);
+    cr_expect(isnan(furthest_apart(ours, zeros, 3)), "where others follow it");
+    cr_expect(isnan(worse(NAN, 1)) && isnan(worse(1, NAN)) && worse(1, 2) == 2 && worse(2, 1) == 2);
+}
