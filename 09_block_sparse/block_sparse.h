@@ -32,10 +32,9 @@ void attention_block_sparse(float *out, float *lse, const float *q, const float 
 /* The same with chapter 7's tile steps. Those ask attends() and not a predicate of your own, so the lists
  * must be of the book's masks: s->mask, causal and lengths.
  *
- *   scratch   block_sparse_scratch(s) floats, 64-byte aligned */
+ *   scratch   flash_view_scratch(s) floats, 64-byte aligned */
 void attention_block_sparse_simd(float *out, float *lse, float *scratch, const float *q, const float *k,
                                  const float *v, const BlockMask *mask, const AttentionShape *s);
-size_t block_sparse_scratch(const AttentionShape *s);
 
 /* FlexAttention as the notebook's ninth implementation uses it: one packed projection, attention under a
  * block mask (of the book's masks) on views of it, one projection. C_out = NH * HS, NKV = NH.
@@ -44,7 +43,7 @@ size_t block_sparse_scratch(const AttentionShape *s);
  *   qkv                      (B,T,3*C_out)           written: a token's queries, keys, values, by heads
  *   context                  (B,T,C_out)             written: the heads side by side
  *   lse                      (B,NH,T)                written, for backward
- *   scratch                  block_sparse_scratch(s) floats, 64-byte aligned
+ *   scratch                  flash_view_scratch(s) floats, 64-byte aligned
  *   x                        (B,T,C)                 read
  *   qkv_weight               (3*C_out,C)             read
  *   proj_weight, proj_bias   (C_out,C_out), (C_out)  read */

@@ -7,8 +7,8 @@
 
 enum { FINE = 16 }; /* a partial block is looked at in strips of so many keys */
 
-/* Up to FLASH_ROWS of the rows of a query block, and the keys that they are yet to meet. Neighbours of one kind wait for
- * each other, as long runs are fast. */
+/* Up to FLASH_ROWS rows of a head, of one query block or of several, and the keys that they are yet to meet. Neighbours of one
+ * kind wait for each other, as long runs are fast. */
 typedef struct {
     FlashBlock block;
     int t0, t1; /* the rows t0 <= t < t1 */
@@ -33,13 +33,12 @@ static void add_keys(Piece *x, int first, int end, BlockKind kind)
     x->end = end;
 }
 
-/* The piece meets a block of the list. It has fewer rows than the list is of, so of a partial block some strips are
- * empty for it and some are full: asked once more, the closed form leaves out a good part. */
-static void add_block(Piece *x, const ListedBlock *listed, int N)
+/* The piece meets the keys first .. end - 1, a block that its rows or its neighbours list. Its rows are others than the list's:
+ * the closed form says anew whether the block is full for them, and of what is not, which strips are empty or full. */
+static void add_block(Piece *x, int first, int end)
 {
     const AttentionShape *s = x->block.s;
-    int first = listed->key_block * N, end = smaller(first + N, s->key_tokens);
-    if (listed->kind == BLOCK_FULL) {
+    if (closed_form(s, x->block.b, x->t0, x->t1, first, end) == BLOCK_FULL) {
         add_keys(x, first, end, BLOCK_FULL);
         return;
     }
@@ -51,43 +50,49 @@ static void add_block(Piece *x, const ListedBlock *listed, int N)
     }
 }
 
-/* A block of N rows is cut into pieces, and these into teams, which take the blocks of their list together. */
-static FlashTeams teams_of(const AttentionShape *s)
+/* The first key block after block j that some query block of i .. last lists; key_blocks if there is none. */
+static int next_listed(const BlockMask *mask, int b, int h, int i, int last, int j)
 {
-    return flash_teams((size_t)s->batch * s->heads * ((s->tokens - 1) / s->block + 1), s->block);
+    int next = mask->key_blocks;
+    for (; i <= last; i++) {
+        int listed, n = 0;
+        const ListedBlock *list = block_list(mask, b, h, i, &listed);
+        for (int high = listed; n < high;) { /* how many come no later: they ascend */
+            int middle = n + (high - n) / 2;
+            if (list[middle].key_block <= j)
+                n = middle + 1;
+            else
+                high = middle;
+        }
+        if (n < listed)
+            next = smaller(next, list[n].key_block);
+    }
+    return next;
 }
 
-size_t block_sparse_scratch(const AttentionShape *s)
-{
-    FlashTeams teams = teams_of(s);
-    return flash_team_scratch(&teams, s->head_size);
-}
-
-/* Over heads that lie as the view says; see FlashView. */
+/* Over heads that lie as the view says; see FlashView. A team of pieces takes the blocks of its lists together. */
 static void attend_view(const FlashView *view, float *scratch, const BlockMask *mask, const AttentionShape *s)
 {
-    FlashTeams teams = teams_of(s);
-    int ahead = flash_threads(&teams) * smaller(s->block, teams.blocks * FLASH_ROWS);
+    FlashTeams teams = flash_teams((size_t)s->batch * s->heads, s->tokens);
+    int ahead = flash_threads(&teams) * teams.blocks * FLASH_ROWS, N = mask->block;
 #pragma omp parallel for schedule(dynamic) num_threads(flash_threads(&teams))
     for (size_t n = 0; n < teams.count; n++) {
-        size_t of_all = n / teams.of_a_head, bh = of_all / mask->query_blocks; /* the query block, the head */
-        int i = (int)(of_all % mask->query_blocks), N = mask->block;
-        int rows = smaller(N, s->tokens - i * N), pieces = 0, listed;
+        size_t head = n / teams.of_a_head;
+        int b = (int)(head / s->heads), h = (int)(head % s->heads), pieces = 0;
         float *own = flash_own_scratch(scratch, &teams, s->head_size);
         Piece piece[FLASH_TEAM];
-        for (size_t first, past; flash_rows_of(&teams, n, pieces, &first, &past) && (int)first < rows;
-             pieces++) {
+        for (size_t first, past; flash_rows_of(&teams, n, pieces, &first, &past); pieces++) {
             Piece *x = &piece[pieces];
-            *x = (Piece){.t0 = i * N + (int)first, .t1 = i * N + smaller((int)past, rows)};
-            flash_begin_in_view(&x->block, view, own + pieces * flash_scratch(s->head_size), s, bh, x->t0,
+            *x = (Piece){.t0 = (int)first, .t1 = (int)past};
+            flash_begin_in_view(&x->block, view, own + pieces * flash_scratch(s->head_size), s, head, x->t0,
                                 x->t1, ahead);
         }
         for (int p = 0; p < pieces; p++)
             piece[p].block.leads = p == pieces - 1;
-        const ListedBlock *list = block_list(mask, (int)(bh / s->heads), (int)(bh % s->heads), i, &listed);
-        for (int j = 0; j < listed; j++)
+        int i = piece[0].t0 / N, last = (piece[pieces - 1].t1 - 1) / N;
+        for (int j = -1; (j = next_listed(mask, b, h, i, last, j)) < mask->key_blocks;)
             for (int p = 0; p < pieces; p++)
-                add_block(&piece[p], &list[j], N);
+                add_block(&piece[p], j * N, smaller(j * N + N, s->key_tokens));
         for (int p = 0; p < pieces; p++) {
             meet_keys(&piece[p]);
             flash_finish(&piece[p].block);

@@ -57,7 +57,7 @@ static int workspace_block_sparse(const AttentionShape *s, size_t floats[MAX_BUF
 static int workspace_simd(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
     floats[LISTS] = block_mask_floats(s, false, false);
-    floats[SCRATCH] = block_sparse_scratch(s);
+    floats[SCRATCH] = flash_view_scratch(s);
     return 2;
 }
 

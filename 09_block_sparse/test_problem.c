@@ -238,7 +238,7 @@ void attend(const Inputs *p, int kernel, const BlockMask *mask)
     } else if (kernel == SPARSE)
         attention_block_sparse(p->out, p->lse, p->q, p->k, p->v, mask ? mask : &own, s);
     else {
-        float *scratch = allocate_floats(block_sparse_scratch(s));
+        float *scratch = allocate_floats(flash_view_scratch(s));
         attention_block_sparse_simd(p->out, p->lse, scratch, p->q, p->k, p->v, mask ? mask : &own, s);
         free(scratch);
     }
