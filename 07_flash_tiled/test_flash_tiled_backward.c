@@ -229,10 +229,10 @@ Test(simd_gradient, edges_of_its_tiles)
  * the same bits whether one thread does all or four come in each other's way. */
 Test(simd_gradient, of_one_head_in_several_tasks)
 {
-    enum { K = FLASH_BACK_KEYS, KEY_TOKENS = 4 * K };
+    enum { K = FLASH_BACK_KEYS, KEY_TOKENS = 3 * K };
     static int document[KEY_TOKENS];
     for (int i = 0; i < KEY_TOKENS; i++)
-        document[i] = (i > 20) + (i > K + 30) + (i > 3 * K);
+        document[i] = (i > 20) + (i > K + 30) + (i > 2 * K);
     const Mask masks[] = {{.kind = MASK_NONE},
                           {.kind = MASK_CAUSAL},
                           {.kind = MASK_WINDOW, .width = 60},
@@ -242,13 +242,13 @@ Test(simd_gradient, of_one_head_in_several_tasks)
                           {.kind = MASK_DILATED, .width = 50, .extra = 9},
                           {.kind = MASK_DOCUMENTS, .document = document},
                           {.kind = MASK_FUTURE}};
-    const int tokens[] = {130, KEY_TOKENS, KEY_TOKENS + 40}, lengths[] = {KEY_TOKENS, 2 * K + 9};
-    for (int i = 0; i < 9 * 3 * 2; i++) {
-        Gradients p = problem(1, 1, tokens[i % 3], KEY_TOKENS, 24);
+    const int tokens[] = {KEY_TOKENS, KEY_TOKENS - 150, KEY_TOKENS + 40}, lengths[] = {KEY_TOKENS, 2 * K + 9};
+    for (int i = 0; i < 9 * 3; i++) {
+        Gradients p = problem(1, 1, tokens[i % 3], KEY_TOKENS, 8);
         char what[100];
-        snprintf(what, sizeof what, "mask %d, T %d, %d keys", i / 6, p.s.tokens, lengths[i / 3 % 2]);
-        p.s.mask = masks[i / 6];
-        p.s.lengths = &lengths[i / 3 % 2];
+        snprintf(what, sizeof what, "mask %d, T %d, %d keys", i / 3, p.s.tokens, lengths[i % 3 == 2]);
+        p.s.mask = masks[i / 3];
+        p.s.lengths = &lengths[i % 3 == 2];
         differentiate(&p, "tiled");
         expect_same(&p, p, "simd", what);
         Gradients one = p, four = p;
