@@ -206,15 +206,6 @@ Test(packed_qkv, thirds_are_queries_keys_values)
     cr_expect(fabs((double)weights[1] - 1 / (1 + exp((score0 - score1) / sqrt(HS)))) <= 1e-6);
 }
 
-/* How far apart are a and b at most? */
-static double furthest(const float *a, const float *b, int count)
-{
-    double most = 0;
-    for (int i = 0; i < count; i++)
-        most = worse(most, fabs((double)a[i] - (double)b[i]));
-    return most;
-}
-
 /* view(1, -1, 2, 6): the second sequence sees the first. */
 Test(mistakes, folded_batch_leaks)
 {
@@ -233,9 +224,10 @@ Test(mistakes, folded_batch_leaks)
         attend_heads(context[0][changed], weights, NULL, qkv, qkv + C, qkv + 2 * C, 3 * C, &right);
         attend_heads(context[1][changed], weights, NULL, qkv, qkv + C, qkv + 2 * C, 3 * C, &wrong);
     }
-    cr_expect(furthest(context[0][0], context[0][1], ENTRY) > 0.01, "entry 0 did change");
+    cr_expect(furthest_apart(context[0][0], context[0][1], ENTRY) > 0.01, "entry 0 did change");
     cr_expect(memcmp(context[0][0] + ENTRY, context[0][1] + ENTRY, ENTRY * sizeof(float)) == 0);
-    cr_expect(furthest(context[1][0] + ENTRY, context[1][1] + ENTRY, ENTRY) > 0.01, "folded, it must leak");
+    cr_expect(furthest_apart(context[1][0] + ENTRY, context[1][1] + ENTRY, ENTRY) > 0.01,
+              "folded, it must leak");
 }
 
 /* head_dim = 12 // (2 * 3): a token becomes three, the first of which does not see the other two. */
@@ -249,9 +241,10 @@ Test(mistakes, third_of_a_head_makes_three_tokens_of_one)
                 *context = run->t.workspace[3];
     float mistaken[2 * 5 * C], weights[2 * 2 * 15 * 15];
     attend_heads(mistaken, weights, NULL, q, k, v, C / 3, &wrong);
-    cr_expect(furthest(context, v, C) <= 1e-6, "a first token's context is its own value");
-    cr_expect(furthest(mistaken, v, 4) <= 1e-6, "and so is that of its first third");
-    cr_expect(furthest(mistaken + 4, v + 4, 4) > 0.01, "but the second third mixes itself with the first");
+    cr_expect(furthest_apart(context, v, C) <= 1e-6, "a first token's context is its own value");
+    cr_expect(furthest_apart(mistaken, v, 4) <= 1e-6, "and so is that of its first third");
+    cr_expect(furthest_apart(mistaken + 4, v + 4, 4) > 0.01,
+              "but the second third mixes itself with the first");
 }
 
 /* view(B, NH, T, HS): "tokens" of head 1 begin in the middle of the sentence, so token 0 sees token T/2. */
@@ -266,9 +259,9 @@ Test(mistakes, without_transpose_mixes_tokens)
     attend_heads(mistaken, weights, NULL, q, k, v, HS, &wrong);
     for (int b = 0; b < B; b++) {
         const float *v_b = v + b * T * C, *head1 = mistaken + (b * NH + 1) * T * HS;
-        cr_expect(furthest(context + b * T * C, v_b, C) <= 1e-6, "token 0's context is its own value");
-        cr_expect(furthest(head1, v_b + HS, HS) > 0.01, "without the transpose head 1's half is not");
-        cr_expect(furthest(head1, v_b + T / 2 * C, HS) <= 1e-6, "but the first half of token 3's");
+        cr_expect(furthest_apart(context + b * T * C, v_b, C) <= 1e-6, "token 0's context is its own value");
+        cr_expect(furthest_apart(head1, v_b + HS, HS) > 0.01, "without the transpose head 1's half is not");
+        cr_expect(furthest_apart(head1, v_b + T / 2 * C, HS) <= 1e-6, "but the first half of token 3's");
     }
 }
 
@@ -285,10 +278,11 @@ Test(packed_qkv, gradients_are_those_of_split_heads)
         Run *split = run_kernel("split-heads", sizes[i]), *packed = run_kernel("packed-qkv", sizes[i]);
         const AttentionShape *s = &split->problem.shape;
         int third = s->embed_out * s->embed;
-        cr_expect(furthest(split->t.dx, packed->t.dx, s->batch * s->tokens * s->embed) <= 2e-6, "%s",
+        cr_expect(furthest_apart(split->t.dx, packed->t.dx, s->batch * s->tokens * s->embed) <= 2e-6, "%s",
                   sizes[i]);
         for (int j = 0; j < 3; j++)
-            cr_expect(furthest(split->t.d_parameter[j], packed->t.d_parameter[0] + j * third, third) <= 1e-4,
+            cr_expect(furthest_apart(split->t.d_parameter[j], packed->t.d_parameter[0] + j * third, third) <=
+                          1e-4,
                       "%s: third %d", sizes[i], j);
     }
 }

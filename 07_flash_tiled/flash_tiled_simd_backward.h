@@ -22,7 +22,7 @@ enum {
 typedef struct {
     const void *lists;
     /* The queries before t that have to meet some key of key <= .. < end reach up to this one, which does not; 0 if there are none. */
-    int (*queries_end)(const void *lists, const AttentionShape *s, int b, int h, int t, int key, int end);
+    int (*queries_end)(const void *lists, int b, int h, int t, int key, int end);
     /* Of the pairs t <= .. < t_end, key <= .. < end: 0 if none may attend, 1 if some may, 2 if all. */
     int (*how_many)(const AttentionShape *s, int b, int t, int t_end, int key, int end);
 } FlashKnown;

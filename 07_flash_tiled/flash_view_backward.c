@@ -76,7 +76,7 @@ bool flash_back_before(FlashBackBlock *x, int t)
 {
     const FlashKnown *known = &x->g->known;
     if (x->keys && t > 0 && known->queries_end)
-        t = known->queries_end(known->lists, x->s, x->b, x->h, t, x->key, x->key + x->keys);
+        t = known->queries_end(known->lists, x->b, x->h, t, x->key, x->key + x->keys);
     while (x->keys && t > 0 && !is_seen(x, t))
         t = larger(0, t - TILE);
     x->t = round_up(larger(0, t - ROWS), TILE);

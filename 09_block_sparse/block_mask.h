@@ -70,6 +70,20 @@ HOST_DEVICE static inline const ListedBlock *block_list(const BlockMask *mask, i
     return mask->listed + index * mask->key_blocks;
 }
 
+/* How many of a list's blocks come before this one: they ascend. */
+static inline int listed_before(const ListedBlock *list, int count, int key_block)
+{
+    int n = 0;
+    while (n < count) {
+        int middle = n + (count - n) / 2;
+        if (list[middle].key_block < key_block)
+            n = middle + 1;
+        else
+            count = middle;
+    }
+    return n;
+}
+
 /* How many blocks of each kind the lists hold, and how many blocks there are in all, over all sets. */
 typedef struct {
     size_t full, partial, all;

@@ -38,11 +38,10 @@ static void add_keys(Piece *x, int first, int end, BlockKind kind)
 static void add_block(Piece *x, int first, int end)
 {
     const AttentionShape *s = x->block.s;
-    if (closed_form(s, x->block.b, x->t0, x->t1, first, end) == BLOCK_FULL) {
+    BlockKind whole = closed_form(s, x->block.b, x->t0, x->t1, first, end);
+    if (whole == BLOCK_FULL)
         add_keys(x, first, end, BLOCK_FULL);
-        return;
-    }
-    for (int strip = first; strip < end; strip += FINE) {
+    for (int strip = first; whole == BLOCK_PARTIAL && strip < end; strip += FINE) {
         int strip_end = smaller(strip + FINE, end);
         BlockKind kind = closed_form(s, x->block.b, x->t0, x->t1, strip, strip_end);
         if (kind != BLOCK_EMPTY)
@@ -55,15 +54,9 @@ static int next_listed(const BlockMask *mask, int b, int h, int i, int last, int
 {
     int next = mask->key_blocks;
     for (; i <= last; i++) {
-        int listed, n = 0;
+        int listed;
         const ListedBlock *list = block_list(mask, b, h, i, &listed);
-        for (int high = listed; n < high;) { /* how many come no later: they ascend */
-            int middle = n + (high - n) / 2;
-            if (list[middle].key_block <= j)
-                n = middle + 1;
-            else
-                high = middle;
-        }
+        int n = listed_before(list, listed, j + 1);
         if (n < listed)
             next = smaller(next, list[n].key_block);
     }

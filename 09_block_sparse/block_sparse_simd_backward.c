@@ -9,21 +9,14 @@
 #include "matmul.h"
 
 /* How far the queries before t reach that lie in a block that some key block of key <= .. < end lists; 0 if there are none. */
-static int queries_end(const void *lists, const AttentionShape *s, int b, int h, int t, int key, int end)
+static int queries_end(const void *lists, int b, int h, int t, int key, int end)
 {
-    (void)s;
     const BlockMask *transposed = lists;
     int N = transposed->block, reach = 0;
     for (int j = key / N; j <= (end - 1) / N; j++) {
-        int listed, n = 0;
+        int listed;
         const ListedBlock *list = block_list(transposed, b, h, j, &listed);
-        for (int high = listed; n < high;) { /* how many begin before t: they ascend */
-            int middle = n + (high - n) / 2;
-            if (list[middle].key_block * N < t)
-                n = middle + 1;
-            else
-                high = middle;
-        }
+        int n = listed_before(list, listed, (t - 1) / N + 1); /* how many begin before t */
         if (n > 0)
             reach = larger(reach, smaller(t, (list[n - 1].key_block + 1) * N));
     }

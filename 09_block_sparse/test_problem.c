@@ -286,9 +286,8 @@ void differentiate(const Inputs *p, int kernel, const BlockMask *mask)
 static double largest_difference(const float *ours, const double *expected, size_t count)
 {
     double worst = 0;
-    for (size_t i = 0; i < count; i++) {
+    for (size_t i = 0; i < count; i++)
         worst = worse(worst, fabs(ours[i] - expected[i]));
-    }
     return worst;
 }
 
