@@ -6,32 +6,13 @@
 #include "flash_tiled_simd.h"
 #include "matmul.h"
 
-FlashView packed_view(float *context, float *lse, const float *qkv, const AttentionShape *s)
+/* Every head's attention, read from qkv = x weight^T and written to context as they lie. */
+static void project_and_attend(float *context, float *qkv, float *lse, float *scratch, const float *x,
+                               const float *weight, const AttentionShape *s)
 {
-    size_t C = s->embed_out, HS = s->head_size, T = s->tokens;
-    return (FlashView){
-        .q = qkv,
-        .k = qkv + C,
-        .v = qkv + 2 * C,
-        .out = context,
-        .lse = lse,
-        .q_token = 3 * C,
-        .k_token = 3 * C,
-        .out_token = C,
-        .q_head = HS,
-        .k_head = HS,
-        .out_head = HS,
-        .q_batch = T * 3 * C,
-        .k_batch = T * 3 * C,
-        .out_batch = T * C,
-    };
-}
-
-/* Every head's attention, read from qkv and written to context as they lie. */
-static void attend_packed(float *context, float *lse, float *scratch, const float *qkv,
-                          const AttentionShape *s)
-{
-    FlashView view = packed_view(context, lse, qkv, s);
+    FlashView view = flash_packed_view(qkv, context, lse, s);
+    matmul('N', 'T', s->batch * s->tokens, 3 * s->embed_out, s->embed, 1, x, s->embed, weight, s->embed, 0,
+           qkv, flash_packed_step(s));
     flash_attention(&view, scratch, s);
 }
 
@@ -41,8 +22,7 @@ void sdpa_module(float *out, float *qkv, float *context, float *lse, float *scra
 {
     size_t rows = (size_t)s->batch * s->tokens;
     int C = s->embed_out;
-    linear(qkv, x, qkv_weight, NULL, rows, s->embed, 3 * C);
-    attend_packed(context, lse, scratch, qkv, s);
+    project_and_attend(context, qkv, lse, scratch, x, qkv_weight, s);
     linear(out, context, proj_weight, proj_bias, rows, C, C);
 }
 
@@ -52,8 +32,7 @@ void torch_mha_module(float *out, float *qkv, float *context, float *lse, float 
 {
     size_t rows = (size_t)s->batch * s->tokens;
     int C = s->embed_out;
-    linear(qkv, x, in_proj_weight, NULL, rows, C, 3 * C);
-    attend_packed(context, lse, scratch, qkv, s);
+    project_and_attend(context, qkv, lse, scratch, x, in_proj_weight, s);
     linear(attended, context, inner_weight, NULL, rows, C, C);
     linear(out, attended, proj_weight, proj_bias, rows, C, C);
 }

@@ -9,8 +9,8 @@
  * the future only. The mask is s->mask. Dropout is drawn by position.
  *
  *   out                      (B,T,C_out)               written
- *   qkv                      (B,T,3*C_out)             written: each token's queries, then its keys, then its
- *                                                      values, NH heads of HS each
+ *   qkv                      (B,T,step)                written: each token's queries, then its keys, then its
+ *                                                      values, NH heads of HS each; step: flash_packed_step(s)
  *   context                  (B,T,C_out)               written: the heads side by side
  *   lse                      (B,NH,T)                  written, for the backward pass; NULL: not wanted
  *   scratch                  flash_view_scratch(s)
@@ -30,9 +30,6 @@ void sdpa_module(float *out, float *qkv, float *context, float *lse, float *scra
 void torch_mha_module(float *out, float *qkv, float *context, float *lse, float *attended, float *scratch,
                       const float *x, const float *in_proj_weight, const float *inner_weight,
                       const float *proj_weight, const float *proj_bias, const AttentionShape *s);
-
-/* The heads of qkv and context where they lie: a head is HS columns, a token a row. */
-FlashView packed_view(float *context, float *lse, const float *qkv, const AttentionShape *s);
 
 /* A boolean mask tensor of n pairs as the bias it stands for, 0 where a query may attend and -inf where not.
  * The two functions of PyTorch that take such a tensor read it in opposite ways: true_may_attend

@@ -1,7 +1,6 @@
 /* Forward's steps in reverse. The shapes are in flash_modules.h. */
 #include "flash_modules_backward.h"
 
-#include "flash_modules.h"
 #include "flash_tiled_simd_backward.h"
 #include "matmul.h"
 
@@ -27,12 +26,12 @@ static void sum_rows(float *sum, const float *y, size_t rows, int width)
 }
 
 /* The gradient of linear(): with y = x W^T + bias, d_x = d_y W, d_weight = d_y^T x, d_bias = the sum of d_y's
- * rows (NULL: there is no bias). */
-static void linear_backward(float *d_x, float *d_weight, float *d_bias, const float *d_y, const float *x,
-                            const float *weight, size_t rows, int inputs, int outputs)
+ * rows (NULL: there is no bias). Rows of d_y are step numbers apart. */
+static void linear_backward(float *d_x, float *d_weight, float *d_bias, const float *d_y, int step,
+                            const float *x, const float *weight, size_t rows, int inputs, int outputs)
 {
-    matmul('N', 'N', (int)rows, inputs, outputs, 1, d_y, outputs, weight, inputs, 0, d_x, inputs);
-    matmul('T', 'N', outputs, inputs, (int)rows, 1, d_y, outputs, x, inputs, 0, d_weight, inputs);
+    matmul('N', 'N', (int)rows, inputs, outputs, 1, d_y, step, weight, inputs, 0, d_x, inputs);
+    matmul('T', 'N', outputs, inputs, (int)rows, 1, d_y, step, x, inputs, 0, d_weight, inputs);
     if (d_bias)
         sum_rows(d_bias, d_y, rows, outputs);
 }
@@ -43,7 +42,7 @@ static void attend_packed_backward(const ModuleScratch *scratch, const float *qk
 {
     int C = s->embed_out;
     FlashBackward g = {
-        .view = packed_view((float *)context, (float *)lse, qkv, s),
+        .view = flash_packed_view(qkv, (float *)context, (float *)lse, s),
         .dout = scratch->d_context,
         .dq = scratch->d_qkv,
         .dk = scratch->d_qkv + C,
@@ -59,9 +58,11 @@ void sdpa_module_backward(float *d_x, float *d_qkv_weight, float *d_proj_weight,
 {
     size_t rows = (size_t)s->batch * s->tokens;
     int C = s->embed_out;
-    linear_backward(scratch->d_context, d_proj_weight, d_proj_bias, d_out, context, proj_weight, rows, C, C);
+    linear_backward(scratch->d_context, d_proj_weight, d_proj_bias, d_out, C, context, proj_weight, rows, C,
+                    C);
     attend_packed_backward(scratch, qkv, context, lse, s);
-    linear_backward(d_x, d_qkv_weight, NULL, scratch->d_qkv, x, qkv_weight, rows, s->embed, 3 * C);
+    linear_backward(d_x, d_qkv_weight, NULL, scratch->d_qkv, flash_packed_step(s), x, qkv_weight, rows,
+                    s->embed, 3 * C);
 }
 
 void torch_mha_module_backward(float *d_x, float *d_in_proj_weight, float *d_inner_weight,
@@ -72,10 +73,11 @@ void torch_mha_module_backward(float *d_x, float *d_in_proj_weight, float *d_inn
 {
     size_t rows = (size_t)s->batch * s->tokens;
     int C = s->embed_out;
-    linear_backward(scratch->d_attended, d_proj_weight, d_proj_bias, d_out, attended, proj_weight, rows, C,
+    linear_backward(scratch->d_attended, d_proj_weight, d_proj_bias, d_out, C, attended, proj_weight, rows, C,
                     C);
-    linear_backward(scratch->d_context, d_inner_weight, NULL, scratch->d_attended, context, inner_weight,
+    linear_backward(scratch->d_context, d_inner_weight, NULL, scratch->d_attended, C, context, inner_weight,
                     rows, C, C);
     attend_packed_backward(scratch, qkv, context, lse, s);
-    linear_backward(d_x, d_in_proj_weight, NULL, scratch->d_qkv, x, in_proj_weight, rows, C, 3 * C);
+    linear_backward(d_x, d_in_proj_weight, NULL, scratch->d_qkv, flash_packed_step(s), x, in_proj_weight,
+                    rows, C, 3 * C);
 }

@@ -7,7 +7,7 @@
 
 /* Memory that a backward pass needs beside the gradients. */
 typedef struct {
-    float *d_qkv;      /* (B,T,3*C_out) */
+    float *d_qkv;      /* as qkv */
     float *d_context;  /* (B,T,C_out) */
     float *d_attended; /* (B,T,C): torch_mha_module only */
     float *scratch;    /* flash_backward_scratch(s) floats */

@@ -169,6 +169,12 @@ typedef struct {
 FlashView flash_view(const float *q, const float *k, const float *v, float *out, float *lse,
                      const AttentionShape *s);
 
+/* The view of one packed projection qkv: a row for each token, its queries, then its keys, then its values, NH heads of HS each;
+ * context (B,T,NH*HS) is out. Rows of qkv are flash_packed_step(s) numbers apart, a line of the cache more than they have: without
+ * it the keys of a tile lie in few places of the first cache (a quarter with rows of 3 * 768), and drive each other out. */
+FlashView flash_packed_view(const float *qkv, float *context, float *lse, const AttentionShape *s);
+size_t flash_packed_step(const AttentionShape *s);
+
 /* flash_begin() with the rows t0 <= t < t1 of a head, at most FLASH_ROWS; heads are counted over all batch entries. The
  * thread will probably begin with the rows from t0 + ahead on when it is done with these. */
 void flash_begin_in_view(FlashBlock *block, const FlashView *view, float *scratch, const AttentionShape *s,

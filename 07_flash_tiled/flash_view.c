@@ -242,6 +242,23 @@ FlashView flash_view(const float *q, const float *k, const float *v, float *out,
     return view;
 }
 
+size_t flash_packed_step(const AttentionShape *s)
+{
+    return (size_t)3 * s->heads * s->head_size + 16;
+}
+
+FlashView flash_packed_view(const float *qkv, float *context, float *lse, const AttentionShape *s)
+{
+    size_t HS = s->head_size, C = HS * s->heads, T = s->tokens, step = flash_packed_step(s);
+    FlashView view = {.q = qkv, .k = qkv + C, .v = qkv + 2 * C, .out = context, .lse = lse};
+    view.q_token = view.k_token = step;
+    view.out_token = C;
+    view.q_head = view.k_head = view.out_head = HS;
+    view.q_batch = view.k_batch = T * step;
+    view.out_batch = T * C;
+    return view;
+}
+
 void attention_simd(float *out, float *lse, float *scratch, const float *q, const float *k, const float *v,
                     const AttentionShape *s)
 {

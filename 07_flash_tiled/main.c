@@ -137,9 +137,9 @@ static const char *no_bias(const AttentionShape *s)
 
 static int workspace_sdpa(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
-    size_t row = (size_t)s->batch * s->tokens * s->embed_out;
-    floats[QKV] = 3 * row;
-    floats[CONTEXT] = row;
+    size_t tokens = (size_t)s->batch * s->tokens;
+    floats[QKV] = tokens * flash_packed_step(s);
+    floats[CONTEXT] = tokens * s->embed_out;
     floats[SCRATCH] = flash_view_scratch(s);
     floats[LSE] = lse_count(s);
     return 4;
@@ -169,9 +169,9 @@ enum { D_QKV, D_CONTEXT, D_SCRATCH, D_ATTENDED }; /* their backward workspace */
 
 static int backward_workspace_sdpa(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
-    size_t row = (size_t)s->batch * s->tokens * s->embed_out;
-    floats[D_QKV] = 3 * row;
-    floats[D_CONTEXT] = row;
+    size_t tokens = (size_t)s->batch * s->tokens;
+    floats[D_QKV] = tokens * flash_packed_step(s);
+    floats[D_CONTEXT] = tokens * s->embed_out;
     floats[D_SCRATCH] = flash_backward_scratch(s);
     return 3;
 }

@@ -528,7 +528,7 @@ Test(sdpa, reads_packed_heads_in_place)
     for (int b = 0; b < 2; b++)
         for (int h = 0; h < 3; h++)
             for (int t = 0; t < 70; t++) {
-                const float *token = qkv + ((size_t)b * 70 + t) * 3 * 36 + h * 12;
+                const float *token = qkv + ((size_t)b * 70 + t) * flash_packed_step(&s) + h * 12;
                 memcpy(p.q + query_row(&s, b, h, t), token, 12 * sizeof *p.q);
                 memcpy(p.k + key_row(&s, b, h, t), token + 36, 12 * sizeof *p.k);
                 memcpy(p.v + key_row(&s, b, h, t), token + 72, 12 * sizeof *p.v);

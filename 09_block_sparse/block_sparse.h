@@ -40,7 +40,8 @@ void attention_block_sparse_simd(float *out, float *lse, float *scratch, const f
  * block mask (of the book's masks) on views of it, one projection. C_out = NH * HS, NKV = NH.
  *
  *   out                      (B,T,C_out)             written
- *   qkv                      (B,T,3*C_out)           written: a token's queries, keys, values, by heads
+ *   qkv                      (B,T,step)              written: a token's queries, keys, values, by heads;
+ *                                                  step: flash_packed_step(s)
  *   context                  (B,T,C_out)             written: the heads side by side
  *   lse                      (B,NH,T)                written, for backward
  *   scratch                  flash_view_scratch(s) floats, 64-byte aligned
@@ -74,7 +75,7 @@ void attention_block_sparse_simd_backward(const AttentionBackward *g, float *scr
 /* The gradients of flex_attention, from the qkv, context and lse that it left.
  *
  *   dx, d_qkv_weight, d_proj_weight, d_proj_bias   written: as what they are the gradients of
- *   d_qkv (B,T,3*C_out), d_context (B,T,C_out)     written: likewise
+ *   d_qkv (B,T,step), d_context (B,T,C_out)        written: likewise
  *   scratch                                        as above */
 void flex_attention_backward(float *dx, float *d_qkv_weight, float *d_proj_weight, float *d_proj_bias,
                              float *d_qkv, float *d_context, float *scratch, const float *dout,

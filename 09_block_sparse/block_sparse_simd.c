@@ -104,17 +104,11 @@ void flex_attention(float *out, float *qkv, float *context, float *lse, float *s
                     const float *qkv_weight, const float *proj_weight, const float *proj_bias,
                     const BlockMask *mask, const AttentionShape *s)
 {
-    size_t T = s->tokens, HS = s->head_size, rows = s->batch * T;
-    int C_out = s->embed_out;
-    linear(qkv, x, qkv_weight, NULL, rows, s->embed, 3 * C_out);
+    int rows = s->batch * s->tokens, C = s->embed, C_out = s->embed_out;
+    matmul('N', 'T', rows, 3 * C_out, C, 1, x, C, qkv_weight, C, 0, qkv, flash_packed_step(s));
 
     /* A head's queries are HS columns of qkv, its keys and values HS others: nothing is copied. */
-    FlashView view = {.q = qkv, .k = qkv + C_out, .v = qkv + 2 * C_out, .out = context, .lse = lse};
-    view.q_token = view.k_token = 3 * (size_t)C_out;
-    view.q_head = view.k_head = view.out_head = HS;
-    view.out_token = C_out;
-    view.q_batch = view.k_batch = T * view.q_token;
-    view.out_batch = T * view.out_token;
+    FlashView view = flash_packed_view(qkv, context, lse, s);
     attend_view(&view, scratch, mask, s);
 
     linear(out, context, proj_weight, proj_bias, rows, C_out, C_out);

@@ -41,12 +41,13 @@ void attention_block_sparse_simd_backward(const AttentionBackward *a, float *scr
     flash_attention_backward(&g, scratch, s);
 }
 
-/* The gradient of linear(): with y = x W^T, d_x = d_y W and d_weight = d_y^T x. */
-static void linear_backward(float *d_x, float *d_weight, const float *d_y, const float *x,
-                            const float *weight, size_t rows, int inputs, int outputs)
+/* The gradient of linear(): with y = x W^T, d_x = d_y W and d_weight = d_y^T x. Rows of d_y are step numbers
+ * apart. */
+static void linear_backward(float *d_x, float *d_weight, const float *d_y, int step, const float *x,
+                            const float *weight, int rows, int inputs, int outputs)
 {
-    matmul('N', 'N', (int)rows, inputs, outputs, 1, d_y, outputs, weight, inputs, 0, d_x, inputs);
-    matmul('T', 'N', outputs, inputs, (int)rows, 1, d_y, outputs, x, inputs, 0, d_weight, inputs);
+    matmul('N', 'N', rows, inputs, outputs, 1, d_y, step, weight, inputs, 0, d_x, inputs);
+    matmul('T', 'N', outputs, inputs, rows, 1, d_y, step, x, inputs, 0, d_weight, inputs);
 }
 
 /* sum (width) = the sum of y's rows (rows,width): 128 at a time, so that sums of many terms stay exact. */
@@ -71,20 +72,12 @@ void flex_attention_backward(float *dx, float *d_qkv_weight, float *d_proj_weigh
                              const float *qkv_weight, const float *proj_weight, const BlockMask *transposed,
                              const AttentionShape *s)
 {
-    size_t T = s->tokens, HS = s->head_size, rows = s->batch * T;
-    int C_out = s->embed_out;
-    linear_backward(d_context, d_proj_weight, dout, context, proj_weight, rows, C_out, C_out);
+    int rows = s->batch * s->tokens, C_out = s->embed_out;
+    linear_backward(d_context, d_proj_weight, dout, C_out, context, proj_weight, rows, C_out, C_out);
     sum_rows(d_proj_bias, dout, rows, C_out);
 
     /* As forward read its columns of qkv, so backward writes those of d_qkv. */
-    FlashView view = {
-        .q = qkv, .k = qkv + C_out, .v = qkv + 2 * C_out, .out = (float *)context, .lse = (float *)lse};
-    view.q_token = view.k_token = 3 * (size_t)C_out;
-    view.q_head = view.k_head = view.out_head = HS;
-    view.out_token = C_out;
-    view.q_batch = view.k_batch = T * view.q_token;
-    view.out_batch = T * view.out_token;
-    FlashBackward g = {.view = view,
+    FlashBackward g = {.view = flash_packed_view(qkv, (float *)context, (float *)lse, s),
                        .dout = d_context,
                        .dq = d_qkv,
                        .dk = d_qkv + C_out,
@@ -92,5 +85,5 @@ void flex_attention_backward(float *dx, float *d_qkv_weight, float *d_proj_weigh
                        .known = known_from(transposed)};
     flash_attention_backward(&g, scratch, s);
 
-    linear_backward(dx, d_qkv_weight, d_qkv, x, qkv_weight, rows, s->embed, 3 * C_out);
+    linear_backward(dx, d_qkv_weight, d_qkv, flash_packed_step(s), x, qkv_weight, rows, s->embed, 3 * C_out);
 }

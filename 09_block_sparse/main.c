@@ -63,10 +63,10 @@ static int workspace_simd(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 
 static int workspace_flex(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
-    size_t row = (size_t)s->batch * s->tokens * s->embed_out;
+    size_t tokens = (size_t)s->batch * s->tokens;
     workspace_simd(s, floats);
-    floats[QKV] = 3 * row;
-    floats[CONTEXT] = row;
+    floats[QKV] = tokens * flash_packed_step(s);
+    floats[CONTEXT] = tokens * s->embed_out;
     floats[LSE] = lse_count(s);
     return 5;
 }
@@ -87,10 +87,10 @@ static int backward_workspace_simd(const AttentionShape *s, size_t floats[MAX_BU
 
 static int backward_workspace_flex(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
-    size_t row = (size_t)s->batch * s->tokens * s->embed_out;
+    size_t tokens = (size_t)s->batch * s->tokens;
     backward_workspace_simd(s, floats);
-    floats[D_QKV] = 3 * row;
-    floats[D_CONTEXT] = row;
+    floats[D_QKV] = tokens * flash_packed_step(s);
+    floats[D_CONTEXT] = tokens * s->embed_out;
     return 4;
 }
 
