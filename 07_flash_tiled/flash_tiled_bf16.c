@@ -220,7 +220,6 @@ void attention_bf16(Bf16 *out, float *lse, float *copies, float *scratch, const 
         FlashBlock *team[FLASH_TEAM];
         size_t head = n / teams.of_a_head;
         int blocks = 0;
-        float *own = flash_own_scratch(scratch, &teams, s->head_size);
         for (size_t t, past; flash_rows_of(&teams, n, blocks, &t, &past); blocks++) {
             x[blocks] = (Bf16Block){
                 .block = {.s = s,
@@ -234,7 +233,8 @@ void attention_bf16(Bf16 *out, float *lse, float *copies, float *scratch, const 
             block->rows = (int)(past - t);
             for (int r = 0; r < block->rows; r++)
                 block->row[r] = (FlashRow){.h = (int)(head % s->heads), .t = (int)t + r};
-            begin(&x[blocks], q + (head * s->tokens + t) * HS, own + blocks * flash_scratch(s->head_size));
+            begin(&x[blocks], q + (head * s->tokens + t) * HS,
+                  flash_own_scratch(scratch, &teams, s->head_size, blocks));
         }
         tiles_begin();
         flash_attend_allowed(team, blocks);

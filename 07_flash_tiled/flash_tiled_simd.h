@@ -46,8 +46,9 @@ struct FlashBlock {
     int b;
     const float *k, *v; /* key t2: HS numbers at k + t2 * key_step; its value: at v + t2 * key_step */
     size_t key_step;
-    int ahead;                /* tokens from a row to one that the thread will probably take next, */
-    size_t q_step;            /* and numbers from one token's query to the next's */
+    ptrdiff_t
+        q_ahead; /* numbers from a row's query to that of a row which the thread will probably take next, */
+    ptrdiff_t k_ahead;        /* and from the one's keys to the other's */
     int rows;                 /* 1 .. FLASH_ROWS; multiples of LANES waste nothing */
     FlashRow row[FLASH_ROWS]; /* in any order; fastest with rows side by side that see the same keys */
 
@@ -120,8 +121,8 @@ bool flash_bounds(const AttentionShape *s, int b, int t, int *first, int *end);
 /* The same of rows t .. t + rows - 1. */
 FlashSpan flash_span(const AttentionShape *s, int b, int t, int rows);
 
-/* Asks memory for a row's output, and for the query, key and value that are `ahead` of it: few at a time, as only so much can
- * be under way, and in the midst of multiply-adds, so that nobody waits. */
+/* Asks memory for a row's output, for the query q_ahead of its own, and for the key and value k_ahead of the last it sees under a
+ * causal mask: few at a time, as only so much can be under way, and in the midst of multiply-adds, so that nobody waits. */
 void flash_look_ahead(FlashBlock *block);
 
 /* Asks memory for TILE keys and their values, from this one on. */
@@ -137,9 +138,8 @@ void flash_finish(FlashBlock *block);
  *     FlashTeams teams = flash_teams(heads, rows);
  *     #pragma omp parallel for schedule(dynamic) num_threads(flash_threads(&teams))
  *     for (size_t n = 0; n < teams.count; n++)
- *         a team of list n / teams.of_a_head, with flash_own_scratch(scratch, &teams, HS):
  *         for (int i = 0; flash_rows_of(&teams, n, i, &first, &past); i++)
- *             its block i, the rows first .. past - 1 of the list
+ *             block i of a team, the rows first .. past - 1 of list n / teams.of_a_head, in flash_own_scratch(scratch, &teams, HS, i)
  */
 typedef struct {
     size_t rows;             /* of a list */
@@ -150,9 +150,12 @@ FlashTeams flash_teams(size_t heads, size_t rows);
 int flash_threads(const FlashTeams *teams);
 bool flash_rows_of(const FlashTeams *teams, size_t n, int i, size_t *first, size_t *past);
 
-/* Floats of scratch for all threads; the part of the thread that asks, flash_scratch(HS) for each block of a team. */
+/* The team that a thread which is at team n will probably take next; n if there is none. */
+size_t flash_next_team(const FlashTeams *teams, size_t n);
+
+/* Floats of scratch for all threads; the part of it for block i of the thread that asks. */
 size_t flash_team_scratch(const FlashTeams *teams, int head_size);
-float *flash_own_scratch(float *scratch, const FlashTeams *teams, int head_size);
+float *flash_own_scratch(float *scratch, const FlashTeams *teams, int head_size, int i);
 
 /* Heads that lie somewhere in larger rows, as in a packed projection (B,T,3C), which is then read in place:
  * query (b,h,t) is the HS numbers at q + b * q_batch + h * q_head + t * q_token, and likewise the rest. */
@@ -175,10 +178,10 @@ FlashView flash_view(const float *q, const float *k, const float *v, float *out,
 FlashView flash_packed_view(const float *qkv, float *context, float *lse, const AttentionShape *s);
 size_t flash_packed_step(const AttentionShape *s);
 
-/* flash_begin() with the rows t0 <= t < t1 of a head, at most FLASH_ROWS; heads are counted over all batch entries. The
- * thread will probably begin with the rows from t0 + ahead on when it is done with these. */
-void flash_begin_in_view(FlashBlock *block, const FlashView *view, float *scratch, const AttentionShape *s,
-                         size_t head, int t0, int t1, int ahead);
+/* flash_begin() with the rows of block i of team n, whose heads are counted over all batch entries; false if there is no such
+ * block. scratch is that of all threads. */
+bool flash_begin_in_view(FlashBlock *block, const FlashView *view, float *scratch, const AttentionShape *s,
+                         const FlashTeams *teams, size_t n, int i);
 
 /* The whole of attention over such views, in parallel; scratch: flash_view_scratch(s) floats. NKV = NH. */
 void flash_attention(const FlashView *view, float *scratch, const AttentionShape *s);

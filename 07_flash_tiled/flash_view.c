@@ -26,9 +26,9 @@ void flash_look_ahead(FlashBlock *block)
     if (block->asked == block->rows)
         return;
     const FlashRow *row = &block->row[block->asked++];
-    const float *q = row->q + block->ahead * block->q_step;
-    int place = row->t + block->s->key_tokens - block->s->tokens + block->ahead;
-    size_t key = larger(0, place) * block->key_step;
+    const float *q = row->q + block->q_ahead;
+    int last = larger(0, row->t + block->s->key_tokens - block->s->tokens);
+    ptrdiff_t key = last * (ptrdiff_t)block->key_step + block->k_ahead;
     for (int d = 0; d < block->s->head_size; d += 16) {
         __builtin_prefetch(row->out + d, 1);
         __builtin_prefetch(q + d, 0, 2);
@@ -163,14 +163,20 @@ int flash_threads(const FlashTeams *teams)
     return smaller(omp_get_max_threads(), most_threads(teams));
 }
 
+size_t flash_next_team(const FlashTeams *teams, size_t n)
+{
+    size_t next = n + flash_threads(teams);
+    return next < teams->count ? next : n;
+}
+
 size_t flash_team_scratch(const FlashTeams *teams, int head_size)
 {
     return most_threads(teams) * teams->blocks * flash_scratch(head_size);
 }
 
-float *flash_own_scratch(float *scratch, const FlashTeams *teams, int head_size)
+float *flash_own_scratch(float *scratch, const FlashTeams *teams, int head_size, int i)
 {
-    return scratch + omp_get_thread_num() * teams->blocks * flash_scratch(head_size);
+    return scratch + (omp_get_thread_num() * teams->blocks + i) * flash_scratch(head_size);
 }
 
 static FlashTeams teams_of(const AttentionShape *s)
@@ -184,46 +190,55 @@ size_t flash_view_scratch(const AttentionShape *s)
     return flash_team_scratch(&teams, s->head_size);
 }
 
-void flash_begin_in_view(FlashBlock *block, const FlashView *view, float *scratch, const AttentionShape *s,
-                         size_t head, int t0, int t1, int ahead)
+/* Where query t of a head lies in a view, and where key t lies; heads are counted over all batch entries. */
+static size_t query_at(const FlashView *view, const AttentionShape *s, size_t head, size_t t)
 {
+    return head / s->heads * view->q_batch + head % s->heads * view->q_head + t * view->q_token;
+}
+static size_t key_at(const FlashView *view, const AttentionShape *s, size_t head, size_t t)
+{
+    size_t kv_head = head % s->heads / (s->heads / s->kv_heads);
+    return head / s->heads * view->k_batch + kv_head * view->k_head + t * view->k_token;
+}
+
+bool flash_begin_in_view(FlashBlock *block, const FlashView *view, float *scratch, const AttentionShape *s,
+                         const FlashTeams *teams, size_t n, int i)
+{
+    size_t t0, t1, next_t0, next_t1, next = flash_next_team(teams, n);
+    if (!flash_rows_of(teams, n, i, &t0, &t1))
+        return false;
+    flash_rows_of(teams, next, i, &next_t0, &next_t1);
+    size_t head = n / teams->of_a_head, next_head = next / teams->of_a_head;
     size_t b = head / s->heads, h = head % s->heads;
-    size_t k_head = b * view->k_batch + h / (s->heads / s->kv_heads) * view->k_head;
-    const float *q = view->q + b * view->q_batch + h * view->q_head;
-    float *out = view->out + b * view->out_batch + h * view->out_head;
     *block = (FlashBlock){.s = s,
                           .b = (int)b,
-                          .k = view->k + k_head,
-                          .v = view->v + k_head,
+                          .k = view->k + key_at(view, s, head, 0),
+                          .v = view->v + key_at(view, s, head, 0),
                           .key_step = view->k_token,
-                          .ahead = ahead,
-                          .q_step = view->q_token,
-                          .rows = t1 - t0};
-    for (int t = t0; t < t1; t++)
+                          .q_ahead = query_at(view, s, next_head, next_t0) - query_at(view, s, head, t0),
+                          .k_ahead = key_at(view, s, next_head, next_t0) - key_at(view, s, head, t0),
+                          .rows = (int)(t1 - t0)};
+    for (size_t t = t0; t < t1; t++)
         block->row[t - t0] = (FlashRow){
-            .q = q + t * view->q_token,
-            .out = out + t * view->out_token,
-            .lse = view->lse ? view->lse + lse_index(s, (int)b, (int)h, t) : NULL,
+            .q = view->q + query_at(view, s, head, t),
+            .out = view->out + b * view->out_batch + h * view->out_head + t * view->out_token,
+            .lse = view->lse ? view->lse + lse_index(s, (int)b, (int)h, (int)t) : NULL,
             .h = (int)h,
-            .t = t,
+            .t = (int)t,
         };
-    flash_begin(block, scratch);
+    flash_begin(block, flash_own_scratch(scratch, teams, s->head_size, i));
+    return true;
 }
 
 void flash_attention(const FlashView *view, float *scratch, const AttentionShape *s)
 {
     FlashTeams teams = teams_of(s);
-    int ahead = flash_threads(&teams) * teams.blocks * FLASH_ROWS;
 #pragma omp parallel for schedule(dynamic) num_threads(flash_threads(&teams))
     for (size_t n = 0; n < teams.count; n++) {
         FlashBlock block[FLASH_TEAM], *team[FLASH_TEAM];
         int blocks = 0;
-        float *own = flash_own_scratch(scratch, &teams, s->head_size);
-        for (size_t t0, t1; flash_rows_of(&teams, n, blocks, &t0, &t1); blocks++) {
+        for (; flash_begin_in_view(&block[blocks], view, scratch, s, &teams, n, blocks); blocks++)
             team[blocks] = &block[blocks];
-            flash_begin_in_view(team[blocks], view, own + blocks * flash_scratch(s->head_size), s,
-                                n / teams.of_a_head, (int)t0, (int)t1, ahead);
-        }
         flash_attend_allowed(team, blocks);
         for (int i = 0; i < blocks; i++)
             flash_finish(team[i]);

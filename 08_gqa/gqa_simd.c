@@ -45,6 +45,19 @@ static void begin_block(FlashBlock *block, float *out, float *lse, float *scratc
     flash_begin(block, scratch);
 }
 
+/* How far from block i of team n the queries and keys of the same block of the next team lie. */
+static void tell_next(FlashBlock *block, const AttentionShape *s, const FlashTeams *teams, size_t n, int i)
+{
+    size_t first, next_first, past, next = flash_next_team(teams, n);
+    flash_rows_of(teams, n, i, &first, &past);
+    flash_rows_of(teams, next, i, &next_first, &past);
+    int group = s->heads / s->kv_heads;
+    ptrdiff_t heads = next / teams->of_a_head - n / teams->of_a_head;
+    ptrdiff_t tokens = next_first / group - first / group;
+    block->q_ahead = (heads * group * s->tokens + tokens) * s->head_size;
+    block->k_ahead = (heads * s->key_tokens + tokens) * s->head_size;
+}
+
 void attention_grouped_simd(float *out, float *lse, float *scratch, const float *q, const float *k,
                             const float *v, const AttentionShape *s)
 {
@@ -57,11 +70,11 @@ void attention_grouped_simd(float *out, float *lse, float *scratch, const float 
     for (size_t n = 0; n < teams.count; n++) {
         FlashBlock block[FLASH_TEAM], *team[FLASH_TEAM];
         int blocks = 0;
-        float *own = flash_own_scratch(scratch, &teams, s->head_size);
         for (size_t first, past; flash_rows_of(&teams, n, blocks, &first, &past); blocks++) {
             team[blocks] = &block[blocks];
-            begin_block(team[blocks], out, lse, own + blocks * flash_scratch(s->head_size), q, k, v, s,
-                        n / teams.of_a_head, first, past);
+            begin_block(team[blocks], out, lse, flash_own_scratch(scratch, &teams, s->head_size, blocks), q,
+                        k, v, s, n / teams.of_a_head, first, past);
+            tell_next(team[blocks], s, &teams, n, blocks);
         }
         flash_attend_allowed(team, blocks);
         for (int i = 0; i < blocks; i++)

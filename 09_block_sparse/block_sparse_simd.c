@@ -67,18 +67,18 @@ static int next_listed(const BlockMask *mask, int b, int h, int i, int last, int
 static void attend_view(const FlashView *view, float *scratch, const BlockMask *mask, const AttentionShape *s)
 {
     FlashTeams teams = flash_teams((size_t)s->batch * s->heads, s->tokens);
-    int ahead = flash_threads(&teams) * teams.blocks * FLASH_ROWS, N = mask->block;
+    int N = mask->block;
 #pragma omp parallel for schedule(dynamic) num_threads(flash_threads(&teams))
     for (size_t n = 0; n < teams.count; n++) {
         size_t head = n / teams.of_a_head;
         int b = (int)(head / s->heads), h = (int)(head % s->heads), pieces = 0;
-        float *own = flash_own_scratch(scratch, &teams, s->head_size);
         Piece piece[FLASH_TEAM];
-        for (size_t first, past; flash_rows_of(&teams, n, pieces, &first, &past); pieces++) {
-            Piece *x = &piece[pieces];
-            *x = (Piece){.t0 = (int)first, .t1 = (int)past};
-            flash_begin_in_view(&x->block, view, own + pieces * flash_scratch(s->head_size), s, head, x->t0,
-                                x->t1, ahead);
+        while (pieces < teams.blocks &&
+               flash_begin_in_view(&piece[pieces].block, view, scratch, s, &teams, n, pieces)) {
+            Piece *x = &piece[pieces++];
+            x->t0 = x->block.row[0].t, x->t1 = x->t0 + x->block.rows;
+            x->first = x->end = 0;
+            x->look = false;
         }
         for (int p = 0; p < pieces; p++)
             piece[p].block.leads = p == pieces - 1;
