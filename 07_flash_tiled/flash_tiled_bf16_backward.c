@@ -13,6 +13,7 @@
 
 #include "flash_dropout.h"
 #include "flash_tiled_simd.h"
+#include "key_order.h"
 #include "threads.h"
 
 static const float forbidden = -1;
@@ -24,8 +25,7 @@ enum {
     KEY_UNIT = KEY_STEP % (2 * DEEP) ? 2 * KEY_STEP : KEY_STEP, /* whole steps of all products */
     ROW_UNIT = PANEL > 2 * DEEP ? PANEL : 2 * DEEP,             /* likewise */
     WIDE = 2 * LANES,                                           /* numbers of a head in one product dQ */
-    SHARES = 32,       /* with fewer heads (B * NH), their keys are shared out */
-    MOST_THREADS = 64, /* each with scratch of its own */
+    MOST_THREADS = 64,                                          /* each with scratch of its own */
 };
 
 /* What a task works in. width is HS rounded up to WIDE, pairs half of that. */
@@ -245,25 +245,22 @@ static void add_query_gradient(const Scratch *x, float *dq, int rows, int from, 
 }
 
 /* The block's queries meet its keys. dq (ROWS,width) */
-static void meet(Scratch *x, const Place *p, const Queries *queries, float *dq)
+static void meet(Scratch *x, const Place *p, const Sight *sight, const Queries *queries, float *dq)
 {
-    Sight sight = look_ahead(p);
-    if (sight.from >= sight.to)
-        return;
     read_sums(x, p);
-    int rows = round_up(p->rows, ROW_UNIT), from = sight.from, to = round_up(sight.to, KEY_UNIT),
+    int rows = round_up(p->rows, ROW_UNIT), from = sight->from, to = round_up(sight->to, KEY_UNIT),
         HS = p->s->head_size;
-    if (!sight.all)
-        look_up(x, p, &sight);
+    if (!sight->all)
+        look_up(x, p, sight);
     for (int key = from; key < to; key += KEY_STEP)
         for (int r = 0; r < rows; r += PANEL)
-            if (sight.all)
+            if (sight->all)
                 weigh(x, p, queries, r, key, true);
             else
                 weigh(x, p, queries, r, key, false);
     /* What fills the last step up weighs 2^(0 - lse), which may be infinite: nothing for dQ, a sum over keys. */
-    for (int r = 0; sight.to < to && r < rows; r++)
-        memset((Bf16 *)x->ds_rows + r * KEYS + sight.to, 0, (to - sight.to) * sizeof(Bf16));
+    for (int r = 0; sight->to < to && r < rows; r++)
+        memset((Bf16 *)x->ds_rows + r * KEYS + sight->to, 0, (to - sight->to) * sizeof(Bf16));
     add_key_gradient(x, x->dv, queries->dout_pairs, x->weight_pairs, rows, from, to, HS);
     add_key_gradient(x, x->dk, queries->q_pairs, x->ds_pairs, rows, from, to, HS);
     add_query_gradient(x, dq, rows, from, to);
@@ -276,28 +273,20 @@ static int key_blocks(const AttentionShape *s)
     return (s->key_tokens + KEYS - 1) / KEYS;
 }
 
-/* Where heads are few, several tasks share one: each has some blocks of its keys, and sums of dq of its own. How many
- * follows from the shape alone, and so do the bits. */
-static int chunks(const AttentionShape *s)
-{
-    int wanted = SHARES / smaller(SHARES, s->batch * s->heads);
-    return smaller(wanted, key_blocks(s));
-}
-
 static size_t all_tasks(const AttentionShape *s)
 {
-    return (size_t)s->batch * s->heads * chunks(s);
+    return (size_t)s->batch * s->heads * key_blocks(s);
 }
 
-/* Floats of one task's sums: (T,width), T rounded up to ROWS. */
-static size_t task_sums(const AttentionShape *s)
+/* Floats of a head's dq: (T,width), T rounded up to ROWS. */
+static size_t head_sums(const AttentionShape *s)
 {
-    return (size_t)round_up(s->tokens, ROWS) * width_of(s);
+    return (size_t)query_blocks(s) * ROWS * width_of(s);
 }
 
 size_t bf16_gradient_sums(const AttentionShape *s)
 {
-    return all_tasks(s) * task_sums(s);
+    return (size_t)s->batch * s->heads * head_sums(s);
 }
 
 static int most_threads(const AttentionShape *s)
@@ -307,7 +296,7 @@ static int most_threads(const AttentionShape *s)
 
 size_t bf16_backward_scratch(const AttentionShape *s)
 {
-    return most_threads(s) * scratch_size(s);
+    return most_threads(s) * scratch_size(s) + all_tasks(s) * sizeof(atomic_int) / sizeof(float);
 }
 
 /* A gradient (TK,HS) = factor times the transposed sums; zeros for keys that nobody may see. */
@@ -325,35 +314,39 @@ static void write_key_gradient(Bf16 *to, float factor, const float *sums, const 
         }
 }
 
-/* Task `task`: a share of the keys of one head, and all its queries. */
+/* A block of keys of a head, and all its queries. done: of the head's first block, the others' follow. */
 static void task_gradient(const Bf16Backward *g, const float *delta, float *sums, float *copies,
-                          float *scratch, const AttentionShape *s, size_t task)
+                          float *scratch, atomic_int *done, const AttentionShape *s, KeyTask task)
 {
-    int n = chunks(s), head = (int)(task / n), chunk = (int)(task % n);
-    Place p = {.g = g, .s = s, .delta = delta, .b = head / s->heads, .h = head % s->heads};
+    Place p = {.g = g,
+               .s = s,
+               .delta = delta,
+               .b = (int)(task.head / s->heads),
+               .h = (int)(task.head % s->heads),
+               .key = task.block * KEYS};
     int valid = s->lengths ? s->lengths[p.b] : s->key_tokens; /* what lies beyond is not read */
+    p.keys = larger(0, smaller(KEYS, valid - p.key));
     Scratch *x = lay_out(scratch, s);
-    float *dq = sums + task * task_sums(s);
-    memset(dq, 0, task_sums(s) * sizeof *dq);
-
+    read_keys(x, &p);
+    memset(x->dk, 0, (size_t)2 * KEYS * x->width * sizeof *x->dk);
     tiles_begin();
-    for (int block = chunk * key_blocks(s) / n; block < (chunk + 1) * key_blocks(s) / n; block++) {
-        p.key = block * KEYS;
-        p.keys = larger(0, smaller(KEYS, valid - p.key));
-        read_keys(x, &p);
-        memset(x->dk, 0, (size_t)2 * KEYS * x->width * sizeof *x->dk);
-        for (int i = 0; i < query_blocks(s); i++) {
-            p.t = i * ROWS;
-            p.rows = smaller(ROWS, s->tokens - p.t);
-            Queries queries = queries_of(copies, s, (size_t)head * query_blocks(s) + i);
-            meet(x, &p, &queries, dq + (size_t)p.t * x->width);
-        }
-        size_t row = key_row(s, p.b, p.h, p.key);
-        int keys = smaller(KEYS, s->key_tokens - p.key);
-        write_key_gradient(g->dk + row, s->scale, x->dk, &p, keys);
-        write_key_gradient(g->dv + row, 1, x->dv, &p, keys);
+    for (int i = query_blocks(s) - 1; i >= 0; i--) {
+        p.t = i * ROWS;
+        p.rows = smaller(ROWS, s->tokens - p.t);
+        Sight sight = look_ahead(&p);
+        size_t block = task.head * query_blocks(s) + i;
+        Queries queries = queries_of(copies, s, block);
+        for (int earlier = 0; sight.from < sight.to && earlier < task.block; earlier++)
+            wait_for(done + earlier, p.t);
+        if (sight.from < sight.to)
+            meet(x, &p, &sight, &queries, sums + block * ROWS * x->width);
+        tell_done(done + task.block, p.t);
     }
     tiles_end();
+    size_t row = key_row(s, p.b, p.h, p.key);
+    int keys = smaller(KEYS, s->key_tokens - p.key);
+    write_key_gradient(g->dk + row, s->scale, x->dk, &p, keys);
+    write_key_gradient(g->dv + row, 1, x->dv, &p, keys);
 }
 
 static float row_delta(const Bf16 *dout, const Bf16 *out, int n)
@@ -364,34 +357,37 @@ static float row_delta(const Bf16 *dout, const Bf16 *out, int n)
     return sum_lanes(sums);
 }
 
-/* dq = scale times the sums of a head's tasks, in their order. */
-static void finish_row(const Bf16Backward *g, const float *sums, const AttentionShape *s, size_t row)
+static void write_query_gradient(const Bf16Backward *g, const float *sums, const AttentionShape *s,
+                                 size_t row)
 {
-    int n = chunks(s), HS = s->head_size;
-    size_t head = row / s->tokens, t = row % s->tokens;
-    const float *first = sums + head * n * task_sums(s) + t * width_of(s);
-    for (int d = 0; d < HS; d += LANES) {
-        Vector sum = {0};
-        for (int chunk = 0; chunk < n; chunk++)
-            sum += *(const Vector *)(first + chunk * task_sums(s) + d);
-        store_row(g->dq + row * HS + d, s->scale * sum, HS - d);
-    }
+    int HS = s->head_size;
+    const float *dq = sums + row / s->tokens * head_sums(s) + row % s->tokens * width_of(s);
+    for (int d = 0; d < HS; d += LANES)
+        store_row(g->dq + row * HS + d, s->scale * *(const Vector *)(dq + d), HS - d);
 }
 
 void attention_bf16_backward(const Bf16Backward *g, float *delta, float *sums, float *copies, float *scratch,
                              const AttentionShape *s)
 {
-    size_t floats = scratch_size(s), HS = s->head_size;
+    size_t floats = scratch_size(s), heads = (size_t)s->batch * s->heads, HS = s->head_size;
+    int threads = smaller(omp_get_max_threads(), most_threads(s)), blocks = key_blocks(s);
+    atomic_int *done = (atomic_int *)(scratch + most_threads(s) * floats);
+    memset(sums, 0, bf16_gradient_sums(s) * sizeof *sums);
+    for (size_t task = 0; task < all_tasks(s); task++)
+        atomic_init(&done[task], s->tokens);
 #pragma omp parallel for
     for (size_t row = 0; row < lse_count(s); row++)
         delta[row] = row_delta(g->dout + row * HS, g->out + row * HS, (int)HS);
 #pragma omp parallel for
-    for (size_t i = 0; i < (size_t)s->batch * s->heads * query_blocks(s); i++)
+    for (size_t i = 0; i < heads * query_blocks(s); i++)
         copy_queries(copies, g, s, i);
-#pragma omp parallel for schedule(dynamic) num_threads(smaller(omp_get_max_threads(), most_threads(s)))
-    for (size_t task = 0; task < all_tasks(s); task++)
-        task_gradient(g, delta, sums, copies, scratch + omp_get_thread_num() * floats, s, task);
+#pragma omp parallel for schedule(monotonic : dynamic) num_threads(threads)
+    for (size_t n = 0; n < all_tasks(s); n++) {
+        KeyTask task = key_task(n, heads, blocks, threads);
+        task_gradient(g, delta, sums, copies, scratch + omp_get_thread_num() * floats,
+                      done + task.head * blocks, s, task);
+    }
 #pragma omp parallel for
     for (size_t row = 0; row < lse_count(s); row++)
-        finish_row(g, sums, s, row);
+        write_query_gradient(g, sums, s, row);
 }

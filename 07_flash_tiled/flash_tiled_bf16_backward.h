@@ -3,7 +3,7 @@
  *   q, out, dout (B,NH,T,HS)   k, v (B,NH,TK,HS)   lse (B,NH,T)      as forward had them and left them
  *   dq, dk, dv                 written, bf16; every sum is float32
  *   delta   (B,NH,T)                      written: rowsum(dout * out)
- *   sums    bf16_gradient_sums(s)         dq in float32, once for each task that adds to it
+ *   sums    bf16_gradient_sums(s)         dq in float32
  *   copies  bf16_backward_copies(s)       Q and dO, as the products want them
  *   scratch bf16_backward_scratch(s)      64-byte aligned, as sums and copies are
  *

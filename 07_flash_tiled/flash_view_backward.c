@@ -3,9 +3,8 @@
 #include "flash_tiled_simd_backward.h"
 
 #include <math.h>
-#include <sched.h>
-#include <stdatomic.h>
 
+#include "key_order.h"
 #include "threads.h"
 
 enum {
@@ -146,10 +145,7 @@ void flash_back_look_ahead(const FlashBackBlock *x, int r, bool is_q)
 
 /* ---- One task ---- */
 
-/* A task is a block of keys of one key/value head, and all queries that read it. dk and dv are its own. To dq of a query the
- * tasks add in the order of their keys, each when the one before is done with that query: so the bits are the same for any
- * number of threads, and no task needs a dq for itself. Queries are taken from the last to the first. So under a causal mask
- * and under a window a task meets those first that the one before does not see, and seldom waits.
+/* Which adds to dq when, and which comes after which: key_order.h.
  *
  *     done (B,NH,blocks)   the task is done with this query of the head and those after it */
 
@@ -166,12 +162,6 @@ static int first_query(const AttentionShape *s, int b, int key, bool sees)
             high = middle;
     }
     return low;
-}
-
-static void wait_for(const atomic_int *done, int t)
-{
-    while (atomic_load_explicit(done, memory_order_acquire) > t)
-        sched_yield();
 }
 
 /* dq of the queries t .. end - 1 becomes 0; returns where that is from. */
@@ -221,7 +211,7 @@ static void meet_queries(FlashBackBlock *x, atomic_int *done, int block)
         flash_back_add_to_keys(x);
         cleared = clear_dq(x, dq, larger(own, from), cleared);
         flash_back_add_to_queries(x);
-        atomic_store_explicit(done, from, memory_order_release);
+        tell_done(done, from);
         if (flash_bias_is_of_pairs(s))
             written = flash_back_write_bias(x, written);
         else if (bias_is_own(s))
@@ -230,7 +220,7 @@ static void meet_queries(FlashBackBlock *x, atomic_int *done, int block)
     clear_dq(x, dq, own, cleared);
     if (first < own)
         wait_for(done - 1, first);
-    atomic_store_explicit(done, first, memory_order_release);
+    tell_done(done, first);
     if (flash_bias_is_of_pairs(s)) { /* zeros for the queries that are left */
         x->t = x->rows = 0;
         flash_back_write_bias(x, written);
@@ -273,19 +263,13 @@ static size_t tasks(const AttentionShape *s)
     return heads_of_tasks(s) * flash_back_key_blocks(s);
 }
 
-/* Task number n: as many heads as there are threads, `abreast`, are taken block by block; then the next. So threads seldom wait
- * for each other, and what is read again for the next block of a head may still lie in a cache. Blocks ascend: under a causal
- * mask the first have most to do. */
-static void task_gradient(FlashBackBlock x, atomic_int *done, float *scratch, size_t n, size_t abreast)
+static void task_gradient(FlashBackBlock x, atomic_int *done, float *scratch, KeyTask task)
 {
     const AttentionShape *s = x.s;
-    size_t of_all = abreast * flash_back_key_blocks(s), first = n / of_all * abreast;
-    size_t heads = heads_of_tasks(s) - first < abreast ? heads_of_tasks(s) - first : abreast;
-    size_t head = first + n % of_all % heads;
-    int entries = entries_of_a_task(s), first_entry = (int)(head / s->kv_heads) * entries;
-    x.kv_head = (int)(head % s->kv_heads);
+    int entries = entries_of_a_task(s), first_entry = (int)(task.head / s->kv_heads) * entries;
+    x.kv_head = (int)(task.head % s->kv_heads);
     for (x.b = first_entry; x.b < first_entry + entries; x.b++)
-        block_gradient(x, done, scratch, (int)(n % of_all / heads));
+        block_gradient(x, done, scratch, task.block);
 }
 
 static size_t bias_jobs(const AttentionShape *s)
@@ -311,7 +295,6 @@ size_t flash_backward_scratch(const AttentionShape *s)
            all_blocks(s) * sizeof(atomic_int) / sizeof(float);
 }
 
-/* monotonic: each thread takes its tasks in order, so that of those not yet done the first is under way, and waits for none. */
 void flash_attention_backward(const FlashBackward *g, float *scratch, const AttentionShape *s)
 {
     size_t floats = flash_back_block_floats(s->head_size);
@@ -324,7 +307,8 @@ void flash_attention_backward(const FlashBackward *g, float *scratch, const Atte
         memset(g->dbias, 0, broadcast_of(s).elements * sizeof *g->dbias);
 #pragma omp parallel for schedule(monotonic : dynamic) num_threads(threads)
     for (size_t n = 0; n < tasks(s); n++)
-        task_gradient(x, done, scratch + omp_get_thread_num() * floats, n, threads);
+        task_gradient(x, done, scratch + omp_get_thread_num() * floats,
+                      key_task(n, heads_of_tasks(s), flash_back_key_blocks(s), threads));
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (size_t job = 0; job < bias_jobs(s); job++)
         flash_bias_gradient(x, scratch + omp_get_thread_num() * floats, job);
