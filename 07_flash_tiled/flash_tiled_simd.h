@@ -46,9 +46,9 @@ struct FlashBlock {
     int b;
     const float *k, *v; /* key t2: HS numbers at k + t2 * key_step; its value: at v + t2 * key_step */
     size_t key_step;
-    ptrdiff_t
-        q_ahead; /* numbers from a row's query to that of a row which the thread will probably take next, */
-    ptrdiff_t k_ahead;        /* and from the one's keys to the other's */
+    /* Numbers from a row's query to that of a row which the thread will probably take next, and from the one's keys to the
+     * other's. 0: nothing is known. */
+    ptrdiff_t q_ahead, k_ahead;
     int rows;                 /* 1 .. FLASH_ROWS; multiples of LANES waste nothing */
     FlashRow row[FLASH_ROWS]; /* in any order; fastest with rows side by side that see the same keys */
 
