@@ -19,7 +19,7 @@ ARCH     ?= $(if $(filter $(MACHINE)-%,$(subst arm64,aarch64,$(shell $(CC) -dump
 OPTIMISE ?= -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast
 WARN     := -Wall -Wextra -Wshadow -Wstrict-prototypes $(if $(CI),-Werror)
 ifeq ($(SANITIZE),yes)
-OPTIMISE := -O1 -Wno-pass-failed -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+OPTIMISE := -O1 -DUNROLL= -Wno-pass-failed -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 endif
 
 .PHONY: help
