@@ -336,10 +336,11 @@ static void task_gradient(const Bf16Backward *g, const float *delta, float *sums
         Sight sight = look_ahead(&p);
         size_t block = task.head * query_blocks(s) + i;
         Queries queries = queries_of(copies, s, block);
-        for (int earlier = 0; sight.from < sight.to && earlier < task.block; earlier++)
-            wait_for(done + earlier, p.t);
-        if (sight.from < sight.to)
+        if (sight.from < sight.to) {
+            for (int earlier = 0; earlier < task.block; earlier++)
+                wait_for(done + earlier, p.t);
             meet(x, &p, &sight, &queries, sums + block * ROWS * x->width);
+        }
         tell_done(done + task.block, p.t);
     }
     tiles_end();
@@ -372,15 +373,16 @@ void attention_bf16_backward(const Bf16Backward *g, float *delta, float *sums, f
     size_t floats = scratch_size(s), heads = (size_t)s->batch * s->heads, HS = s->head_size;
     int threads = smaller(omp_get_max_threads(), most_threads(s)), blocks = key_blocks(s);
     atomic_int *done = (atomic_int *)(scratch + most_threads(s) * floats);
-    memset(sums, 0, bf16_gradient_sums(s) * sizeof *sums);
     for (size_t task = 0; task < all_tasks(s); task++)
         atomic_init(&done[task], s->tokens);
 #pragma omp parallel for
     for (size_t row = 0; row < lse_count(s); row++)
         delta[row] = row_delta(g->dout + row * HS, g->out + row * HS, (int)HS);
 #pragma omp parallel for
-    for (size_t i = 0; i < heads * query_blocks(s); i++)
+    for (size_t i = 0; i < heads * query_blocks(s); i++) {
         copy_queries(copies, g, s, i);
+        memset(sums + i * ROWS * width_of(s), 0, (size_t)ROWS * width_of(s) * sizeof *sums);
+    }
 #pragma omp parallel for schedule(monotonic : dynamic) num_threads(threads)
     for (size_t n = 0; n < all_tasks(s); n++) {
         KeyTask task = key_task(n, heads, blocks, threads);

@@ -45,11 +45,11 @@ static void begin_block(FlashBlock *block, float *out, float *lse, float *scratc
     flash_begin(block, scratch);
 }
 
-/* How far from block i of team n the queries and keys of the same block of the next team lie. */
-static void tell_next(FlashBlock *block, const AttentionShape *s, const FlashTeams *teams, size_t n, int i)
+/* How far from block i of team n, whose rows begin at `first`, the queries and keys of the same block of the next team lie. */
+static void tell_next(FlashBlock *block, const AttentionShape *s, const FlashTeams *teams, size_t n, int i,
+                      size_t first)
 {
-    size_t first, next_first, past, next = flash_next_team(teams, n);
-    flash_rows_of(teams, n, i, &first, &past);
+    size_t next_first, past, next = flash_next_team(teams, n);
     flash_rows_of(teams, next, i, &next_first, &past);
     int group = s->heads / s->kv_heads;
     ptrdiff_t heads = next / teams->of_a_head - n / teams->of_a_head;
@@ -74,7 +74,7 @@ void attention_grouped_simd(float *out, float *lse, float *scratch, const float 
             team[blocks] = &block[blocks];
             begin_block(team[blocks], out, lse, flash_own_scratch(scratch, &teams, s->head_size, blocks), q,
                         k, v, s, n / teams.of_a_head, first, past);
-            tell_next(team[blocks], s, &teams, n, blocks);
+            tell_next(team[blocks], s, &teams, n, blocks, first);
         }
         flash_attend_allowed(team, blocks);
         for (int i = 0; i < blocks; i++)
