@@ -44,51 +44,58 @@ FlashSpan flash_span(const AttentionShape *s, int b, int t, int rows)
     return span;
 }
 
-/* Adds the bias of LANES rows, the block's j-th vector, where they may look. The rows of a bias lie along the keys:
- * LANES of them by LANES keys are read at once and transposed. */
-static void add_bias(const FlashBlock *block, float *terms, int key, int keys, int j)
+/* The term for a key, of the block's j-th vector of rows. */
+INLINE Vector term(const FlashBlock *block, int j, int key, Vector bias)
+{
+    IntVector first = ((const IntVector *)block->first)[j], end = ((const IntVector *)block->end)[j];
+    return vector_select((first <= key) & (key < end), log2e * bias, (Vector){0} - INFINITY);
+}
+
+/* The rows of a bias lie along the keys: LANES of them by LANES keys are read at once and transposed. */
+static void ask_bias(const FlashBlock *block, Vector *at, int key, int keys, int j)
 {
     const AttentionShape *s = block->s;
     size_t step = s->bias_stride[3];
+    const float *from[LANES];
+    for (int r = 0; r < LANES; r++) { /* past the last row: the last again, which sees nothing there */
+        const FlashRow *row = &block->row[smaller(j * LANES + r, block->rows - 1)];
+        from[r] = bias_row(s, block->b, row->h, row->t) + key * step;
+    }
     for (int i0 = 0; i0 < keys; i0 += LANES) {
-        Vector bias[LANES] = {0};
+        Vector bias[LANES];
         int n = smaller(LANES, keys - i0);
-        for (int r = 0; r < LANES && j * LANES + r < block->rows; r++) {
-            const FlashRow *row = &block->row[j * LANES + r];
-            const float *from = bias_row(s, block->b, row->h, row->t) + (key + i0) * step;
-            __builtin_prefetch(from + FLASH_KEYS * step, 0, 2); /* the next tile's */
-            if (step == 1)
-                bias[r] = load_first(from, n);
-            else
-                for (int i = 0; i < n; i++)
-                    bias[r][i] = from[i * step];
-        }
+        if (step == 1)
+            UNROLL for (int r = 0; r < LANES; r++) bias[r] = load_first(from[r] + i0, n);
+        else
+            for (int r = 0; r < LANES; r++)
+                for (int i = 0; i < LANES; i++)
+                    bias[r][i] = i < n ? from[r][(i0 + i) * step] : 0;
         transpose(bias);
-        for (int i = 0; i < n; i++) {
-            Vector *term = (Vector *)terms + (i0 + i) * VECTORS + j;
-            *term = vector_select(*term == 0, log2e * bias[i], *term);
-        }
+        for (int i = 0; i < n; i++)
+            at[(i0 + i) * VECTORS] = term(block, j, key + i0 + i, bias[i]);
     }
 }
 
-void flash_ask(const FlashBlock *block, float *terms, int key, int keys, int from, int vectors)
+const float *flash_ask(const FlashBlock *block, float *terms, int key, int keys, int from, int vectors)
 {
-    const Vector never = (Vector){0} - INFINITY;
+    const AttentionShape *s = block->s;
     for (int j = from; j < from + vectors; j++) {
-        IntVector first = ((const IntVector *)block->first)[j], end = ((const IntVector *)block->end)[j];
-        for (int i = 0; i < keys; i++)
-            ((Vector *)terms)[i * VECTORS + j] =
-                vector_select((first <= key + i) & (key + i < end), (Vector){0}, never);
+        Vector *at = (Vector *)terms + j;
+        if (s->bias)
+            ask_bias(block, at, key, keys, j);
+        else
+            for (int i = 0; i < keys; i++)
+                at[i * VECTORS] = term(block, j, key + i, (Vector){0});
         for (int i = keys; i % TILE; i++)
-            ((Vector *)terms)[i * VECTORS + j] = never;
+            at[i * VECTORS] = (Vector){0} - INFINITY;
     }
     if (!block->one_run)
         for (int r = from * LANES; r < smaller(block->rows, (from + vectors) * LANES); r++)
             for (int i = 0; i < keys; i++)
-                if (!attends(block->s, block->b, block->row[r].h, block->row[r].t, key + i))
+                if (!attends(s, block->b, block->row[r].h, block->row[r].t, key + i))
                     terms[i * FLASH_ROWS + r] = -INFINITY;
-    for (int j = from; block->s->bias && j < from + vectors; j++)
-        add_bias(block, terms, key, keys, j);
+    const FlashRow *row = &block->row[from * LANES];
+    return s->bias ? bias_row(s, block->b, row->h, row->t) + (key + keys) * s->bias_stride[3] : terms;
 }
 
 /* A lane is a row, so one Philox call gives the factors of four keys for each of LANES rows. */

@@ -3,8 +3,7 @@
  * - Lanes are queries. A vector holds one number of LANES different queries, so that a row's maximum, sum and weights never
  *   leave their lane: nothing is added up across a vector. Keys and values are read number by number, as they lie in memory,
  *   and broadcast. Only the queries are transposed, once a block, and the output back.
- * - Sums stay in registers. Both products are multiply_add(): TILE x VECTORS sums, so that each number loaded is used several
- *   times and the multiply-add units do not wait for memory.
+ * - Sums stay in registers: both products are multiply_add_ahead(), TILE x VECTORS sums, and each number loaded serves several.
  * - The score comes out as an exponent. scale and log2 e are multiplied into the queries once, and the sums start at -m: after
  *   the product there is nothing left to do but 2^x.
  * - The maximum is lazy. Softmax needs no maximum but a number near it. Where the sum of a tile's weights says that m is no such
@@ -20,16 +19,16 @@ enum { HEADROOM = 13 }; /* How far a score may stand above m, in powers of two, 
 /* ---- The steps of a tile: up to FLASH_KEYS keys by the block's vectors from .. from + vectors - 1 ---- */
 
 /* p = 2^(score - m), and their sum in each lane; or, if not `weigh`, p = score - m, and the largest in each lane. ask: with
- * what flash_ask() says. A score of more than SHORT_SUM terms is added up in several sums: rounding then costs one of 256 terms
- * no more than one of 64, and the error of a large score would go into an exponent. */
+ * what flash_ask() says; memory is asked for the next tile's bias meanwhile. A score of more than SHORT_SUM terms is added up in
+ * several sums: rounding then costs one of 256 terms no more than one of 64, and a large score's error would go into an exponent. */
 INLINE void score_tile(const FlashBlock *block, float *p, Vector found[VECTORS], int key, int keys, bool ask,
                        bool weigh, int from, int vectors)
 {
     const Vector *m = (const Vector *)block->m + from;
+    const size_t *stride = block->s->bias_stride;
     for (int j = 0; j < vectors; j++)
         found[j] = (Vector){0} - (weigh ? 0 : INFINITY);
-    if (ask)
-        flash_ask(block, p, key, keys, from, vectors);
+    const float *ahead = ask ? flash_ask(block, p, key, keys, from, vectors) : p;
     for (int i0 = 0; i0 < keys; i0 += TILE) {
         Vector *scores = (Vector *)(p + i0 * FLASH_ROWS) + from;
         if (LANES < 16 && block->leads)
@@ -44,8 +43,8 @@ INLINE void score_tile(const FlashBlock *block, float *p, Vector found[VECTORS],
                 if (ask && !d) /* first: a mask of -1e9 less m leaves room for the score */
                     c[i][j] += scores[i * VECTORS + j];
             }
-            multiply_add(c, vectors, k, 1, block->q_columns + d * FLASH_ROWS + from * LANES, FLASH_ROWS,
-                         smaller(SHORT_SUM, HS - d));
+            multiply_add_ahead(c, vectors, k, 1, block->q_columns + d * FLASH_ROWS + from * LANES, FLASH_ROWS,
+                               smaller(SHORT_SUM, HS - d), ask, ahead + i0 * stride[3], stride[2]);
             EACH_VECTOR(i, j, vectors) {
                 Vector *at = scores + i * VECTORS + j;
                 if (d)
@@ -115,7 +114,8 @@ INLINE void add_few(FlashBlock *block, const float *p, int d, int n, int key, in
         v[i] = first + smaller(i, n - 1);
     EACH_VECTOR(i, j, vectors)
         c[i][j] = out[i * VECTORS + j];
-    multiply_add_ahead(c, vectors, v, block->key_step, p + from * LANES, FLASH_ROWS, keys, LANES == 16, next);
+    multiply_add_ahead(c, vectors, v, block->key_step, p + from * LANES, FLASH_ROWS, keys, LANES == 16, next,
+                       block->key_step);
     EACH_VECTOR(i, j, vectors)
         out[i * VECTORS + j] = c[i][j];
 }

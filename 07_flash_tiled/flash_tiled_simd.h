@@ -108,8 +108,9 @@ void flash_attend_allowed(FlashBlock *const *block, int n);
 
 /* What flash_attend() is told of its keys key .. key + keys - 1 by mask, lengths and bias (flash_pairs.c): terms
  * (keys, FLASH_ROWS) = the bias times log2 e, -inf where a row may not look and in the rows up to the next multiple
- * of TILE keys. Only in the vectors from .. from + vectors - 1. */
-void flash_ask(const FlashBlock *block, float *terms, int key, int keys, int from, int vectors);
+ * of TILE keys. Only in the vectors from .. from + vectors - 1. Returns where the bias of the first of these rows goes on at
+ * key + keys; without a bias, terms. */
+const float *flash_ask(const FlashBlock *block, float *terms, int key, int keys, int from, int vectors);
 
 /* p (keys, FLASH_ROWS) times 0 or 1 / (1 - dropout), drawn by position; in the same vectors. */
 void flash_drop_out(const FlashBlock *block, float *p, int key, int keys, int from, int vectors);

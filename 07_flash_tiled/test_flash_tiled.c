@@ -326,6 +326,24 @@ Test(lazy_maximum, is_of_keys_that_may_be_seen)
     free_example(&p);
 }
 
+/* Strides say where its numbers are: here those of a key lie side by side, and heads share them. */
+Test(bias, may_lie_along_the_queries)
+{
+    Example p = example(2, 2, 60, 200, 16);
+    float *bias = allocate_floats(60 * 200);
+    RandomStream stream;
+    seed_stream(&stream, STREAM_CPU, 5);
+    draw_randn(&stream, bias, 60 * 200);
+    p.s.bias = bias;
+    p.s.bias_stride[2] = 1;
+    p.s.bias_stride[3] = 60;
+    expect_right(&p, "transposed bias");
+    p.s.causal = true;
+    expect_right(&p, "transposed bias, causal");
+    free(bias);
+    free_example(&p);
+}
+
 /* The fast kernel's short cuts cost no accuracy. */
 Test(simd, is_as_accurate_as_the_plain_loops)
 {

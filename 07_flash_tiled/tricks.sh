@@ -8,7 +8,7 @@
 
 trick registers 'the product is called, not inlined: its sums go through memory' \
     'a sum in a register is neither loaded nor stored'
-edit vectors.h 'INLINE void multiply_add(' 'static __attribute__((noinline)) void multiply_add('
+edit vectors.h 'INLINE void multiply_add_ahead(' 'static __attribute__((noinline)) void multiply_add_ahead('
 
 trick exp2 '`exp2f`, one weight after the other' \
     'a few instructions give 2^x of a whole vector'
@@ -101,7 +101,7 @@ edit flash_tiled_simd.c 'if (weigh)' '*at = block->s->scale * log2e * *at - m[j]
 
 trick prefetch 'no tile is fetched ahead' \
     'while one tile is multiplied, memory is asked for the next, a few rows at a time'
-edit flash_tiled_simd.c 'LANES == 16, next);' 'false, next);'
+edit flash_tiled_simd.c 'keys, LANES == 16, next,' 'keys, false, next,'
 edit flash_tiled_simd.c 'LANES < 16 && block->leads' 'false'
 
 trick team 'each block of queries walks along the keys alone' \

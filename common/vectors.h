@@ -234,15 +234,15 @@ INLINE void transpose(Vector row[LANES])
 /* c[i][j] += the sum over k < n of a[i][k * a_step] * b[k * b_step][j]: TILE numbers of a, each broadcast to a
  * whole vector, by up to VECTORS vectors of b. b is aligned. It is always inlined with `vectors` a constant, and c
  * has a constant size: only so do all of c stay in registers.
- * look, a constant too: what lies at ahead + k * a_step will soon be read, and is brought near meanwhile. */
+ * look, a constant too: what lies at ahead + k * ahead_step will soon be read, and is brought near meanwhile. */
 INLINE void multiply_add_ahead(Vector c[TILE][VECTORS], int vectors, const float *const a[TILE],
                                size_t a_step, const float *b, size_t b_step, int n, bool look,
-                               const float *ahead)
+                               const float *ahead, size_t ahead_step)
 {
     UNROLL_STEPS for (int k = 0; k < n; k++, b += b_step)
     {
         if (look)
-            __builtin_prefetch(ahead + k * a_step, 0, 2);
+            __builtin_prefetch(ahead + k * ahead_step, 0, 2);
         Vector row[VECTORS];
         UNROLL for (int j = 0; j < VECTORS; j++) if (j < vectors)
         {
@@ -259,7 +259,7 @@ INLINE void multiply_add_ahead(Vector c[TILE][VECTORS], int vectors, const float
 INLINE void multiply_add(Vector c[TILE][VECTORS], int vectors, const float *const a[TILE], size_t a_step,
                          const float *b, size_t b_step, int n)
 {
-    multiply_add_ahead(c, vectors, a, a_step, b, b_step, n, false, NULL);
+    multiply_add_ahead(c, vectors, a, a_step, b, b_step, n, false, NULL, 0);
 }
 
 #endif
