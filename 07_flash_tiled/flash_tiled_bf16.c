@@ -12,6 +12,7 @@
  * - The sum of the weights, and so lse, is of the weights before they are rounded. */
 #include "flash_tiled_bf16.h"
 
+#if BF16_PAIRS
 #include <math.h>
 
 #include "flash_tiled_simd.h"
@@ -245,3 +246,4 @@ void attention_bf16(Bf16 *out, float *lse, float *copies, float *scratch, const 
         }
     }
 }
+#endif

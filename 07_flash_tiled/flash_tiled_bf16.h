@@ -1,8 +1,9 @@
-/* Flash attention in bf16: q, k, v and out are 16 bits a number, the weights are rounded to bf16 for their product with
- * V, and every sum is float32. For the rest the contract is attention_simd()'s.
+/* Flash attention in bf16: q, k, v and out are 16 bits a number, and every sum is float32. Where pairs of bf16 are multiplied
+ * (BF16_PAIRS), the weights are rounded to bf16 for their product with V; elsewhere (flash_tiled_bf16_widened.c) nothing but out
+ * is. For the rest the contract is attention_simd()'s.
  *
  *   q, out (B,NH,T,HS)   k, v (B,NH,TK,HS)   bf16        lse (B,NH,T)   float32
- *   copies    bf16_copies(s) floats     what the products want in another order, once for each head
+ *   copies    bf16_copies(s) floats     K and V as the products of pairs want them; or q, K and V, widened
  *   scratch   flash_view_scratch(s)    what the threads work in
  *
  * Any mask, bias, scale, dropout; any T, TK and HS; one key/value head for each query head. A row with no key allowed:

@@ -9,6 +9,7 @@
  * and dQ are summed in float32 and rounded once, at the end. */
 #include "flash_tiled_bf16_backward.h"
 
+#if BF16_PAIRS
 #include <math.h>
 
 #include "flash_dropout.h"
@@ -286,7 +287,7 @@ static size_t head_sums(const AttentionShape *s)
 
 size_t bf16_gradient_sums(const AttentionShape *s)
 {
-    return (size_t)s->batch * s->heads * head_sums(s);
+    return (size_t)s->batch * s->heads * head_sums(s) + lse_count(s);
 }
 
 static int most_threads(const AttentionShape *s)
@@ -367,11 +368,12 @@ static void write_query_gradient(const Bf16Backward *g, const float *sums, const
         store_row(g->dq + row * HS + d, s->scale * *(const Vector *)(dq + d), HS - d);
 }
 
-void attention_bf16_backward(const Bf16Backward *g, float *delta, float *sums, float *copies, float *scratch,
+void attention_bf16_backward(const Bf16Backward *g, float *sums, float *copies, float *scratch,
                              const AttentionShape *s)
 {
     size_t floats = scratch_size(s), heads = (size_t)s->batch * s->heads, HS = s->head_size;
     int threads = smaller(omp_get_max_threads(), most_threads(s)), blocks = key_blocks(s);
+    float *delta = sums + heads * head_sums(s);
     atomic_int *done = (atomic_int *)(scratch + most_threads(s) * floats);
     for (size_t task = 0; task < all_tasks(s); task++)
         atomic_init(&done[task], s->tokens);
@@ -393,3 +395,4 @@ void attention_bf16_backward(const Bf16Backward *g, float *delta, float *sums, f
     for (size_t row = 0; row < lse_count(s); row++)
         write_query_gradient(g, sums, s, row);
 }
+#endif

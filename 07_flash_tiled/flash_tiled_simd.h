@@ -188,7 +188,7 @@ bool flash_begin_in_view(FlashBlock *block, const FlashView *view, float *scratc
 void flash_attention(const FlashView *view, float *scratch, const AttentionShape *s);
 size_t flash_view_scratch(const AttentionShape *s);
 
-/* The same for contiguous q (B,NH,T,HS), k and v (B,NH,TK,HS), out (B,NH,T,HS), lse (B,NH,T). */
+/* The same for contiguous q (B,NH,T,HS), k and v (B,NH,TK,HS), out (B,NH,T,HS), lse (B,NH,T). out may be q. */
 void attention_simd(float *out, float *lse, float *scratch, const float *q, const float *k, const float *v,
                     const AttentionShape *s);
 

@@ -112,11 +112,10 @@ static void forward_bf16(const Tensors *t, const AttentionShape *s)
 
 static int backward_workspace_bf16(const AttentionShape *s, size_t floats[MAX_BUFFERS])
 {
-    floats[0] = lse_count(s);
-    floats[1] = bf16_gradient_sums(s);
-    floats[2] = bf16_backward_copies(s);
-    floats[3] = bf16_backward_scratch(s);
-    return 4;
+    floats[0] = bf16_gradient_sums(s);
+    floats[1] = bf16_backward_copies(s);
+    floats[2] = bf16_backward_scratch(s);
+    return 3;
 }
 
 static void backward_bf16(const Tensors *t, const AttentionShape *s)
@@ -125,7 +124,7 @@ static void backward_bf16(const Tensors *t, const AttentionShape *s)
     const Bf16Backward g = {(const Bf16 *)t->q,   (const Bf16 *)t->k,    (const Bf16 *)t->v,
                             (const Bf16 *)t->out, (const Bf16 *)t->dout, t->lse,
                             (Bf16 *)t->dq,        (Bf16 *)t->dk,         (Bf16 *)t->dv};
-    attention_bf16_backward(&g, d[0], d[1], d[2], d[3], s);
+    attention_bf16_backward(&g, d[0], d[1], d[2], s);
 }
 
 static const char *no_bias(const AttentionShape *s)
@@ -285,7 +284,7 @@ static const Kernel kernels[] = {
      .backward_workspace = backward_workspace_simd,
      .dropout = DROPOUT_POSITION},
     {.name = "simd",
-     .what = "in bf16: multiply-adds of pairs",
+     .what = "in bf16: 16 bits a number, sums of 32",
      .takes = TAKES_QKV,
      .forward = forward_bf16,
      .workspace = workspace_bf16,

@@ -33,7 +33,7 @@ WHOLE_VECTORS static __attribute__((noinline)) double multiply_adds(Vector *sums
     return 2.0 * STEPS * CHAINS * LANES;
 }
 
-/* The same of pairs of bf16, by the fastest instruction there is. */
+/* The same for numbers in bf16, by the fastest instruction there is. */
 static __attribute__((noinline)) double bf16_multiply_adds(Vector *sums)
 {
 #if defined(HAVE_TILES)
@@ -45,7 +45,7 @@ static __attribute__((noinline)) double bf16_multiply_adds(Vector *sums)
         _tile_dpbf16ps(3, 6, 7);
     }
     return 2.0 * STEPS * 4 * (16 * 16 * 32);
-#elif defined(__AVX512BF16__)
+#elif BF16_PAIRS && defined(__AVX512BF16__)
     const __m512bh small = (__m512bh)_mm512_set1_epi32(0x3c003c00); /* 2^-7 */
     __m512 c[CHAINS];
     memcpy(c, sums, sizeof c);

@@ -43,4 +43,14 @@ static inline void tiles_end(void)
 }
 #endif
 
+/* Are pairs of bf16 multiplied faster than float32? With tile registers they are, and by AMD's processors with AVX512_BF16.
+ * Intel's have the same instruction, but make half as many multiply-adds with it as in float32; only they have FP16, too. */
+#ifndef BF16_PAIRS
+#if defined(HAVE_TILES) || (defined(__AVX512BF16__) && !defined(__AVX512FP16__))
+#define BF16_PAIRS 1
+#else
+#define BF16_PAIRS 0
+#endif
+#endif
+
 #endif
