@@ -193,18 +193,6 @@ static void score_backward(float *dqueries, float *dkeys, const float *dscores, 
                          C_out, rows, s->batch);
 }
 
-/* out = x W^T:  dw (C_out,C) = dout^T x, summed over the batch;  dx (B,T,C) = dout W + beta * dx */
-static void linear_backward(float *dw, float *dx, float beta, const float *dout, const float *x,
-                            const float *w, const AttentionShape *s)
-{
-    int T = s->tokens, C = s->embed, C_out = s->embed_out;
-    size_t x_size = (size_t)T * C, out_size = (size_t)T * C_out;
-    for (int b = 0; b < s->batch; b++)
-        matmul('T', 'N', C_out, C, T, 1, dout + b * out_size, C_out, x + b * x_size, C, b > 0, dw, C);
-    matmul_strided_batch('N', 'N', T, C, C_out, 1, dout, C_out, out_size, w, C, 0, beta, dx, C, x_size,
-                         s->batch);
-}
-
 void causal_attention_backward(float *dx, float *dw_query, float *dw_key, float *dw_value, float *dqueries,
                                float *dkeys, float *dvalues, float *dscores, const float *dout,
                                const float *weights, const float *softmax, const float *queries,
@@ -225,7 +213,9 @@ void causal_attention_backward(float *dx, float *dw_query, float *dw_key, float 
         }
 
     score_backward(dqueries, dkeys, dscores, queries, keys, s);
-    linear_backward(dw_query, dx, 0, dqueries, x, w_query, s);
-    linear_backward(dw_key, dx, 1, dkeys, x, w_key, s);
-    linear_backward(dw_value, dx, 1, dvalues, x, w_value, s);
+    size_t rows = (size_t)s->batch * T;
+    int C = s->embed, C_out = s->embed_out;
+    linear_backward(dx, 0, dw_query, NULL, dqueries, C_out, x, w_query, rows, C, C_out);
+    linear_backward(dx, 1, dw_key, NULL, dkeys, C_out, x, w_key, rows, C, C_out);
+    linear_backward(dx, 1, dw_value, NULL, dvalues, C_out, x, w_value, rows, C, C_out);
 }

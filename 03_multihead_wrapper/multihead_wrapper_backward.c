@@ -23,14 +23,6 @@ static void softmax_row_backward(float *d_row, const float *weights, const float
         d_row[t2] = 0;
 }
 
-/* The gradient of linear() without a bias: with y = x W^T, d_x = d_y W + beta * d_x and d_weight = d_y^T x. */
-static void linear_backward(float *d_x, float beta, float *d_weight, const float *d_y, const float *x,
-                            const float *weight, size_t rows, int inputs, int outputs)
-{
-    matmul('N', 'N', (int)rows, inputs, outputs, 1, d_y, outputs, weight, inputs, beta, d_x, inputs);
-    matmul('T', 'N', outputs, inputs, (int)rows, 1, d_y, outputs, x, inputs, 0, d_weight, inputs);
-}
-
 void causal_head_backward(float *d_x, const HeadGradient *d_head, float *d_q, float *d_k, float *d_v,
                           float *d_scores, const float *d_context, const float *weights, const float *softmax,
                           const float *q, const float *k, const float *v, const float *x, const Head *head,
@@ -71,9 +63,9 @@ void causal_head_backward(float *d_x, const HeadGradient *d_head, float *d_q, fl
 
     /* x went to three matrices of every head, so its gradient is a sum */
     size_t rows = (size_t)B * T;
-    linear_backward(d_x, h > 0, d_head->query_weight, d_q, x, head->query_weight, rows, C, HS);
-    linear_backward(d_x, 1, d_head->key_weight, d_k, x, head->key_weight, rows, C, HS);
-    linear_backward(d_x, 1, d_head->value_weight, d_v, x, head->value_weight, rows, C, HS);
+    linear_backward(d_x, h > 0, d_head->query_weight, NULL, d_q, HS, x, head->query_weight, rows, C, HS);
+    linear_backward(d_x, 1, d_head->key_weight, NULL, d_k, HS, x, head->key_weight, rows, C, HS);
+    linear_backward(d_x, 1, d_head->value_weight, NULL, d_v, HS, x, head->value_weight, rows, C, HS);
 }
 
 void stacked_heads_backward(float *d_x, const HeadGradient *d_heads, float *d_q, float *d_k, float *d_v,
@@ -87,27 +79,6 @@ void stacked_heads_backward(float *d_x, const HeadGradient *d_heads, float *d_q,
                              weights, softmax, q + h * size, k + h * size, v + h * size, x, &heads[h], h, s);
 }
 
-/* sum (width) = the sum of y's rows (rows,width): 128 of them at a time, since a sum of many terms
- * in one go loses more to rounding. */
-static void sum_rows(float *sum, const float *y, size_t rows, int width)
-{
-    enum { COLUMNS = 64, ROWS = 128 };
-#pragma omp parallel for
-    for (int c0 = 0; c0 < width; c0 += COLUMNS) {
-        int columns = width - c0 < COLUMNS ? width - c0 : COLUMNS;
-        for (int c = 0; c < columns; c++)
-            sum[c0 + c] = 0;
-        for (size_t r0 = 0; r0 < rows; r0 += ROWS) {
-            float part[COLUMNS] = {0};
-            for (size_t r = r0; r < r0 + ROWS && r < rows; r++)
-                for (int c = 0; c < columns; c++)
-                    part[c] += y[r * width + c0 + c];
-            for (int c = 0; c < columns; c++)
-                sum[c0 + c] += part[c];
-        }
-    }
-}
-
 void multihead_wrapper_backward(float *d_x, const HeadGradient *d_heads, float *d_out_weight,
                                 float *d_out_bias, float *d_q, float *d_k, float *d_v, float *d_context,
                                 float *d_scores, const float *d_out, const float *weights,
@@ -116,8 +87,9 @@ void multihead_wrapper_backward(float *d_x, const HeadGradient *d_heads, float *
                                 const float *out_weight, const AttentionShape *s)
 {
     size_t rows = (size_t)s->batch * s->tokens;
-    linear_backward(d_context, 0, d_out_weight, d_out, context, out_weight, rows, s->embed_out, s->embed_out);
-    sum_rows(d_out_bias, d_out, rows, s->embed_out);
+    int C_out = s->embed_out;
+    linear_backward(d_context, 0, d_out_weight, d_out_bias, d_out, C_out, context, out_weight, rows, C_out,
+                    C_out);
     stacked_heads_backward(d_x, d_heads, d_q, d_k, d_v, d_scores, d_context, weights, softmax, q, k, v, x,
                            heads, s);
 }

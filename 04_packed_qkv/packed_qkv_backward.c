@@ -63,38 +63,6 @@ void attend_heads_backward(float *d_q, float *d_k, float *d_v, float *d_scores, 
         }
 }
 
-/* sum (width) = the sum of y's rows (rows,width): 128 of them at a time, since a sum of many terms
- * in one go loses more to rounding. */
-static void sum_rows(float *sum, const float *y, size_t rows, int width)
-{
-    enum { COLUMNS = 64, ROWS = 128 };
-#pragma omp parallel for
-    for (int c0 = 0; c0 < width; c0 += COLUMNS) {
-        int columns = width - c0 < COLUMNS ? width - c0 : COLUMNS;
-        for (int c = 0; c < columns; c++)
-            sum[c0 + c] = 0;
-        for (size_t r0 = 0; r0 < rows; r0 += ROWS) {
-            float part[COLUMNS] = {0};
-            for (size_t r = r0; r < r0 + ROWS && r < rows; r++)
-                for (int c = 0; c < columns; c++)
-                    part[c] += y[r * width + c0 + c];
-            for (int c = 0; c < columns; c++)
-                sum[c0 + c] += part[c];
-        }
-    }
-}
-
-/* The gradient of linear(): with y = x W^T + bias, d_x = d_y W + beta * d_x, d_weight = d_y^T x, d_bias = the
- * sum of d_y's rows (NULL: there is no bias). */
-static void linear_backward(float *d_x, float beta, float *d_weight, float *d_bias, const float *d_y,
-                            const float *x, const float *weight, size_t rows, int inputs, int outputs)
-{
-    matmul('N', 'N', (int)rows, inputs, outputs, 1, d_y, outputs, weight, inputs, beta, d_x, inputs);
-    matmul('T', 'N', outputs, inputs, (int)rows, 1, d_y, outputs, x, inputs, 0, d_weight, inputs);
-    if (d_bias)
-        sum_rows(d_bias, d_y, rows, outputs);
-}
-
 void split_heads_backward(float *d_x, float *d_query_weight, float *d_key_weight, float *d_value_weight,
                           float *d_out_weight, float *d_out_bias, float *d_q, float *d_k, float *d_v,
                           float *d_context, float *d_scores, const float *d_out, const float *weights,
@@ -106,12 +74,13 @@ void split_heads_backward(float *d_x, float *d_query_weight, float *d_key_weight
     size_t rows = (size_t)s->batch * s->tokens;
     int C = s->embed, C_out = s->embed_out;
 
-    linear_backward(d_context, 0, d_out_weight, d_out_bias, d_out, context, out_weight, rows, C_out, C_out);
+    linear_backward(d_context, 0, d_out_weight, d_out_bias, d_out, C_out, context, out_weight, rows, C_out,
+                    C_out);
     attend_heads_backward(d_q, d_k, d_v, d_scores, d_context, weights, softmax, q, k, v, C_out, s);
     /* x went three ways, so its gradient is the sum of three */
-    linear_backward(d_x, 0, d_query_weight, NULL, d_q, x, query_weight, rows, C, C_out);
-    linear_backward(d_x, 1, d_key_weight, NULL, d_k, x, key_weight, rows, C, C_out);
-    linear_backward(d_x, 1, d_value_weight, NULL, d_v, x, value_weight, rows, C, C_out);
+    linear_backward(d_x, 0, d_query_weight, NULL, d_q, C_out, x, query_weight, rows, C, C_out);
+    linear_backward(d_x, 1, d_key_weight, NULL, d_k, C_out, x, key_weight, rows, C, C_out);
+    linear_backward(d_x, 1, d_value_weight, NULL, d_v, C_out, x, value_weight, rows, C, C_out);
 }
 
 void packed_qkv_backward(float *d_x, float *d_qkv_weight, float *d_proj_weight, float *d_proj_bias,
@@ -123,11 +92,11 @@ void packed_qkv_backward(float *d_x, float *d_qkv_weight, float *d_proj_weight, 
     size_t rows = (size_t)s->batch * s->tokens;
     int C = s->embed, C_out = s->embed_out;
 
-    linear_backward(d_context, 0, d_proj_weight, d_proj_bias, d_out, context, proj_weight, rows, C_out,
+    linear_backward(d_context, 0, d_proj_weight, d_proj_bias, d_out, C_out, context, proj_weight, rows, C_out,
                     C_out);
     attend_heads_backward(d_qkv, d_qkv + C_out, d_qkv + 2 * C_out, d_scores, d_context, weights, softmax, qkv,
                           qkv + C_out, qkv + 2 * C_out, 3 * C_out, s);
-    linear_backward(d_x, 0, d_qkv_weight, NULL, d_qkv, x, qkv_weight, rows, C, 3 * C_out);
+    linear_backward(d_x, 0, d_qkv_weight, NULL, d_qkv, 3 * C_out, x, qkv_weight, rows, C, 3 * C_out);
 }
 
 void torch_mha_backward(float *d_x, float *d_in_proj_weight, float *d_inner_weight, float *d_proj_weight,
@@ -140,9 +109,9 @@ void torch_mha_backward(float *d_x, float *d_in_proj_weight, float *d_inner_weig
     size_t rows = (size_t)s->batch * s->tokens;
     int C = s->embed;
 
-    linear_backward(d_attended, 0, d_proj_weight, d_proj_bias, d_out, attended, proj_weight, rows, C, C);
-    linear_backward(d_context, 0, d_inner_weight, NULL, d_attended, context, inner_weight, rows, C, C);
+    linear_backward(d_attended, 0, d_proj_weight, d_proj_bias, d_out, C, attended, proj_weight, rows, C, C);
+    linear_backward(d_context, 0, d_inner_weight, NULL, d_attended, C, context, inner_weight, rows, C, C);
     attend_heads_backward(d_qkv, d_qkv + C, d_qkv + 2 * C, d_scores, d_context, weights, softmax, qkv,
                           qkv + C, qkv + 2 * C, 3 * C, s);
-    linear_backward(d_x, 0, d_in_proj_weight, NULL, d_qkv, x, in_proj_weight, rows, C, 3 * C);
+    linear_backward(d_x, 0, d_in_proj_weight, NULL, d_qkv, 3 * C, x, in_proj_weight, rows, C, 3 * C);
 }

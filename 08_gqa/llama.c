@@ -107,14 +107,6 @@ void llama_attention(float *out, const LlamaWorkspace *w, const float *x, const 
 
 /* ---- Its gradient: the same steps, backwards. ---- */
 
-/* y (rows,outputs) = x W^T: given dy, dW = dy^T x, and dx += dy W; first: dx = dy W. */
-static void linear_backward(float *dx, float *d_weight, const float *dy, const float *x, const float *weight,
-                            bool first, int rows, int inputs, int outputs)
-{
-    matmul('T', 'N', outputs, inputs, rows, 1, dy, outputs, x, inputs, 0, d_weight, inputs);
-    matmul('N', 'N', rows, inputs, outputs, 1, dy, outputs, weight, inputs, first ? 0 : 1, dx, inputs);
-}
-
 void llama_attention_backward(const LlamaGradients *g, const LlamaBackwardWorkspace *d,
                               const LlamaWorkspace *w, const float *dout, const float *x, const float *q_proj,
                               const float *k_proj, const float *v_proj, const float *o_proj,
@@ -123,9 +115,8 @@ void llama_attention_backward(const LlamaGradients *g, const LlamaBackwardWorksp
     int rows = s->batch * s->tokens, q_width = s->heads * s->head_size, kv_width = s->kv_heads * s->head_size;
     float *d_rows = w->rows; /* from here on: forward's are needed for o_proj's gradient alone */
 
-    matmul('T', 'N', s->embed_out, q_width, rows, 1, dout, s->embed_out, w->rows, q_width, 0, g->do_proj,
-           q_width);
-    matmul('N', 'N', rows, q_width, s->embed_out, 1, dout, s->embed_out, o_proj, q_width, 0, d_rows, q_width);
+    linear_backward(d_rows, 0, g->do_proj, NULL, dout, s->embed_out, w->rows, o_proj, rows, q_width,
+                    s->embed_out);
     split_heads(d->dout_heads, d_rows, s->heads, s);
 
     const GroupedBackward attention = {.q = w->q,
@@ -145,9 +136,9 @@ void llama_attention_backward(const LlamaGradients *g, const LlamaBackwardWorksp
     turn_heads(d->dk, s->kv_heads, rope_backward, w, s);
 
     join_heads(d_rows, d->dv, s->kv_heads, s);
-    linear_backward(g->dx, g->dv_proj, d_rows, x, v_proj, true, rows, s->embed, kv_width);
+    linear_backward(g->dx, 0, g->dv_proj, NULL, d_rows, kv_width, x, v_proj, rows, s->embed, kv_width);
     join_heads(d_rows, d->dk, s->kv_heads, s);
-    linear_backward(g->dx, g->dk_proj, d_rows, x, k_proj, false, rows, s->embed, kv_width);
+    linear_backward(g->dx, 1, g->dk_proj, NULL, d_rows, kv_width, x, k_proj, rows, s->embed, kv_width);
     join_heads(d_rows, d->dq, s->heads, s);
-    linear_backward(g->dx, g->dq_proj, d_rows, x, q_proj, false, rows, s->embed, q_width);
+    linear_backward(g->dx, 1, g->dq_proj, NULL, d_rows, q_width, x, q_proj, rows, s->embed, q_width);
 }

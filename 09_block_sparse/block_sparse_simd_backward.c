@@ -41,31 +41,6 @@ void attention_block_sparse_simd_backward(const AttentionBackward *a, float *scr
     flash_attention_backward(&g, scratch, s);
 }
 
-/* The gradient of linear(): with y = x W^T, d_x = d_y W and d_weight = d_y^T x. Rows of d_y are step numbers
- * apart. */
-static void linear_backward(float *d_x, float *d_weight, const float *d_y, int step, const float *x,
-                            const float *weight, int rows, int inputs, int outputs)
-{
-    matmul('N', 'N', rows, inputs, outputs, 1, d_y, step, weight, inputs, 0, d_x, inputs);
-    matmul('T', 'N', outputs, inputs, rows, 1, d_y, step, x, inputs, 0, d_weight, inputs);
-}
-
-/* sum (width) = the sum of y's rows (rows,width): 128 at a time, so that sums of many terms stay exact. */
-static void sum_rows(float *sum, const float *y, size_t rows, int width)
-{
-    enum { ROWS = 128 };
-#pragma omp parallel for
-    for (int c = 0; c < width; c++) {
-        sum[c] = 0;
-        for (size_t r0 = 0; r0 < rows; r0 += ROWS) {
-            float part = 0;
-            for (size_t r = r0; r < r0 + ROWS && r < rows; r++)
-                part += y[r * width + c];
-            sum[c] += part;
-        }
-    }
-}
-
 void flex_attention_backward(float *dx, float *d_qkv_weight, float *d_proj_weight, float *d_proj_bias,
                              float *d_qkv, float *d_context, float *scratch, const float *dout,
                              const float *qkv, const float *context, const float *lse, const float *x,
@@ -73,8 +48,8 @@ void flex_attention_backward(float *dx, float *d_qkv_weight, float *d_proj_weigh
                              const AttentionShape *s)
 {
     int rows = s->batch * s->tokens, C_out = s->embed_out;
-    linear_backward(d_context, d_proj_weight, dout, C_out, context, proj_weight, rows, C_out, C_out);
-    sum_rows(d_proj_bias, dout, rows, C_out);
+    linear_backward(d_context, 0, d_proj_weight, d_proj_bias, dout, C_out, context, proj_weight, rows, C_out,
+                    C_out);
 
     /* As forward read its columns of qkv, so backward writes those of d_qkv. */
     FlashBackward g = {.view = flash_packed_view(qkv, (float *)context, (float *)lse, s),
@@ -85,5 +60,6 @@ void flex_attention_backward(float *dx, float *d_qkv_weight, float *d_proj_weigh
                        .known = known_from(transposed)};
     flash_attention_backward(&g, scratch, s);
 
-    linear_backward(dx, d_qkv_weight, d_qkv, flash_packed_step(s), x, qkv_weight, rows, s->embed, 3 * C_out);
+    linear_backward(dx, 0, d_qkv_weight, NULL, d_qkv, flash_packed_step(s), x, qkv_weight, rows, s->embed,
+                    3 * C_out);
 }

@@ -226,3 +226,32 @@ void linear(float *out, const float *x, const float *weight, const float *bias, 
                         outputs, 0},
              1);
 }
+
+/* sum (width) = the sum of y's rows: 128 of them at a time, since a sum of many terms in one go loses more to rounding. */
+static void sum_rows(float *sum, const float *y, int step, size_t rows, int width)
+{
+    enum { COLUMNS = 64, ROWS = 128 };
+#pragma omp parallel for
+    for (int c0 = 0; c0 < width; c0 += COLUMNS) {
+        int columns = width - c0 < COLUMNS ? width - c0 : COLUMNS;
+        for (int c = 0; c < columns; c++)
+            sum[c0 + c] = 0;
+        for (size_t r0 = 0; r0 < rows; r0 += ROWS) {
+            float part[COLUMNS] = {0};
+            for (size_t r = r0; r < r0 + ROWS && r < rows; r++)
+                for (int c = 0; c < columns; c++)
+                    part[c] += y[r * step + c0 + c];
+            for (int c = 0; c < columns; c++)
+                sum[c0 + c] += part[c];
+        }
+    }
+}
+
+void linear_backward(float *d_x, float beta, float *d_weight, float *d_bias, const float *d_y, int step,
+                     const float *x, const float *weight, size_t rows, int inputs, int outputs)
+{
+    matmul('T', 'N', outputs, inputs, (int)rows, 1, d_y, step, x, inputs, 0, d_weight, inputs);
+    if (d_bias)
+        sum_rows(d_bias, d_y, step, rows, outputs);
+    matmul('N', 'N', (int)rows, inputs, outputs, 1, d_y, step, weight, inputs, beta, d_x, inputs);
+}

@@ -28,6 +28,11 @@ void matmul_strided_batch(char transpose_a, char transpose_b, int m, int n, int 
 void linear(float *out, const float *x, const float *weight, const float *bias, size_t rows, int inputs,
             int outputs);
 
+/* Its gradient: d_weight = d_y^T x, d_bias = the sum of d_y's rows (NULL: there is no bias), then d_x = d_y W + beta * d_x. Rows of
+ * d_y are `step` numbers apart. With beta = 0, d_x may be x. */
+void linear_backward(float *d_x, float beta, float *d_weight, float *d_bias, const float *d_y, int step,
+                     const float *x, const float *weight, size_t rows, int inputs, int outputs);
+
 /* Which library multiplies, for people: "OpenBLAS 0.3.21, core Cooperlake", "plain loops (no CBLAS found)". */
 const char *matmul_library(void);
 

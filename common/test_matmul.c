@@ -314,6 +314,47 @@ Test(matmul, linear_with_and_without_bias)
 
 /* ---- Which library, and which of its cores ---- */
 
+/* Against sums in double, with rows of d_y farther apart than their width, d_x added to or written over x. */
+Test(matmul, linear_backward_is_the_gradient)
+{
+    static const int cases[][3] = {{1, 3, 5}, {129, 40, 70}, {300, 65, 64}, {7, 1, 1}};
+    for (int i = 0; i < 4; i++)
+        for (int beta = 0; beta < 2; beta++) {
+            int rows = cases[i][0], inputs = cases[i][1], outputs = cases[i][2], step = outputs + 3;
+            float *x = random_floats((size_t)rows * inputs, 4),
+                  *kept = random_floats((size_t)rows * inputs, 4),
+                  *w = random_floats((size_t)outputs * inputs, 5),
+                  *d_y = random_floats((size_t)(rows - 1) * step + outputs, 6),
+                  *before = random_floats((size_t)rows * inputs, 7),
+                  *d_x = beta ? random_floats((size_t)rows * inputs, 7) : x,
+                  *d_w = random_floats((size_t)outputs * inputs, 8), *d_bias = random_floats(outputs, 9);
+            linear_backward(d_x, (float)beta, d_w, i == 3 ? NULL : d_bias, d_y, step, x, w, rows, inputs,
+                            outputs);
+            for (int r = 0; r < rows; r++)
+                for (int c = 0; c < inputs; c++) {
+                    double sum = beta ? before[r * inputs + c] : 0;
+                    for (int o = 0; o < outputs; o++)
+                        sum += (double)d_y[r * step + o] * w[o * inputs + c];
+                    cr_assert(fabs(d_x[r * inputs + c] - sum) < 1e-5, "d_x of case %d", i);
+                }
+            for (int o = 0; o < outputs; o++) {
+                double of_bias = 0;
+                for (int r = 0; r < rows; r++)
+                    of_bias += d_y[r * step + o];
+                cr_assert(i == 3 || fabs(d_bias[o] - of_bias) < 1e-5, "d_bias of case %d", i);
+                for (int c = 0; c < inputs; c++) {
+                    double sum = 0;
+                    for (int r = 0; r < rows; r++)
+                        sum += (double)d_y[r * step + o] * kept[r * inputs + c];
+                    cr_assert(fabs(d_w[o * inputs + c] - sum) < 1e-5, "d_weight of case %d", i);
+                }
+            }
+            if (beta)
+                free(d_x);
+            free(x), free(kept), free(w), free(d_y), free(before), free(d_w), free(d_bias);
+        }
+}
+
 Test(matmul, another_core_is_wanted_only_where_it_helps_and_nobody_has_chosen)
 {
     const char *const cores[] = {"Haswell",        "Zen",     "Prescott", "SkylakeX", "Cooperlake",
