@@ -230,15 +230,15 @@ void linear(float *out, const float *x, const float *weight, const float *bias, 
 /* sum (width) = the sum of y's rows: 128 of them at a time, since a sum of many terms in one go loses more to rounding. */
 static void sum_rows(float *sum, const float *y, int step, size_t rows, int width)
 {
-    enum { COLUMNS = 64, ROWS = 128 };
+    enum { WIDE = 64, FEW = 128 };
 #pragma omp parallel for
-    for (int c0 = 0; c0 < width; c0 += COLUMNS) {
-        int columns = width - c0 < COLUMNS ? width - c0 : COLUMNS;
+    for (int c0 = 0; c0 < width; c0 += WIDE) {
+        int columns = width - c0 < WIDE ? width - c0 : WIDE;
         for (int c = 0; c < columns; c++)
             sum[c0 + c] = 0;
-        for (size_t r0 = 0; r0 < rows; r0 += ROWS) {
-            float part[COLUMNS] = {0};
-            for (size_t r = r0; r < r0 + ROWS && r < rows; r++)
+        for (size_t r0 = 0; r0 < rows; r0 += FEW) {
+            float part[WIDE] = {0};
+            for (size_t r = r0; r < r0 + FEW && r < rows; r++)
                 for (int c = 0; c < columns; c++)
                     part[c] += y[r * step + c0 + c];
             for (int c = 0; c < columns; c++)
