@@ -19,14 +19,11 @@ static void widen(float *to, const Bf16 *from, int tokens, const int *lengths, c
     }
 }
 
-static void narrow(Bf16 *to, const float *from, int tokens, const AttentionShape *s)
+static void narrow(Bf16 *to, const float *from, size_t count)
 {
-    int HS = s->head_size;
-    size_t heads = (size_t)s->batch * s->heads;
 #pragma omp parallel for
-    for (size_t row = 0; row < heads * tokens; row++)
-        for (int d = 0; d < HS; d += LANES)
-            store_row(to + row * HS + d, load_first(from + row * HS + d, HS - d), HS - d);
+    for (size_t i = 0; i < count; i++)
+        to[i] = bf16_from_float(from[i]);
 }
 
 size_t bf16_copies(const AttentionShape *s)
@@ -43,7 +40,7 @@ void attention_bf16(Bf16 *out, float *lse, float *copies, float *scratch, const 
     widen(wide_k, k, s->key_tokens, s->lengths, s);
     widen(wide_v, v, s->key_tokens, s->lengths, s);
     attention_simd(wide_q, lse, scratch, wide_q, wide_k, wide_v, s);
-    narrow(out, wide_q, s->tokens, s);
+    narrow(out, wide_q, query_count(s));
 }
 
 size_t bf16_gradient_sums(const AttentionShape *s)
@@ -74,8 +71,8 @@ void attention_bf16_backward(const Bf16Backward *g, float *sums, float *copies, 
     widen(v, g->v, s->key_tokens, s->lengths, s);
     const AttentionBackward wide = {q, k, v, out, g->lse, dout, .dq = sums, .dk = dk, .dv = dv};
     attention_simd_backward(&wide, scratch, s);
-    narrow(g->dq, sums, s->tokens, s);
-    narrow(g->dk, dk, s->key_tokens, s);
-    narrow(g->dv, dv, s->key_tokens, s);
+    narrow(g->dq, sums, queries);
+    narrow(g->dk, dk, keys);
+    narrow(g->dv, dv, keys);
 }
 #endif

@@ -36,7 +36,7 @@ WHOLE_VECTORS static __attribute__((noinline)) double multiply_adds(Vector *sums
 /* The same for numbers in bf16, by the fastest instruction there is. */
 static __attribute__((noinline)) double bf16_multiply_adds(Vector *sums)
 {
-#if defined(HAVE_TILES)
+#if BF16_PAIRS && defined(HAVE_TILES)
     (void)sums;
     for (int step = 0; step < STEPS; step++) { /* of zeros, which take as long */
         _tile_dpbf16ps(0, 6, 7);
