@@ -215,7 +215,7 @@ void attention_bf16(Bf16 *out, float *lse, float *copies, float *scratch, const 
         copy_head(keys + n * key_pairs(s), values + n * value_pairs(s), k, v, s, n);
 
     FlashTeams teams = flash_teams(heads, s->tokens);
-#pragma omp parallel for schedule(dynamic) num_threads(flash_threads(&teams))
+#pragma omp parallel for schedule(dynamic) num_threads(teams.threads)
     for (size_t n = 0; n < teams.count; n++) {
         Bf16Block x[FLASH_TEAM];
         FlashBlock *team[FLASH_TEAM];

@@ -133,11 +133,11 @@ void flash_look_ahead_for_keys(const FlashBlock *block, int key);
 void flash_finish(FlashBlock *block);
 
 /* How the rows of a problem are shared out: they are `heads` lists of some rows, cut into blocks, and these into teams.
- * That depends on the shape alone, and so does the memory; the threads take one team after the other. A thread keeps its
- * scratch from team to team: it stays in the cache.
+ * The threads take one team after the other; a thread keeps its scratch from team to team: it stays in the cache. The more
+ * threads there are, the smaller are the teams, which changes no number; the memory depends on the shape alone.
  *
  *     FlashTeams teams = flash_teams(heads, rows);
- *     #pragma omp parallel for schedule(dynamic) num_threads(flash_threads(&teams))
+ *     #pragma omp parallel for schedule(dynamic) num_threads(teams.threads)
  *     for (size_t n = 0; n < teams.count; n++)
  *         for (int i = 0; flash_rows_of(&teams, n, i, &first, &past); i++)
  *             block i of a team, the rows first .. past - 1 of list n / teams.of_a_head, in flash_own_scratch(scratch, &teams, HS, i)
@@ -146,16 +146,16 @@ typedef struct {
     size_t rows;             /* of a list */
     int blocks;              /* of a team, at most */
     size_t of_a_head, count; /* teams */
+    int threads;             /* that take them */
 } FlashTeams;
 FlashTeams flash_teams(size_t heads, size_t rows);
-int flash_threads(const FlashTeams *teams);
 bool flash_rows_of(const FlashTeams *teams, size_t n, int i, size_t *first, size_t *past);
 
 /* The team that a thread which is at team n will probably take next; n if there is none. */
 size_t flash_next_team(const FlashTeams *teams, size_t n);
 
-/* Floats of scratch for all threads; the part of it for block i of the thread that asks. */
-size_t flash_team_scratch(const FlashTeams *teams, int head_size);
+/* Floats of scratch for all threads, however many there are; the part of it for block i of the thread that asks. */
+size_t flash_team_scratch(size_t heads, size_t rows, int head_size);
 float *flash_own_scratch(float *scratch, const FlashTeams *teams, int head_size, int i);
 
 /* Heads that lie somewhere in larger rows, as in a packed projection (B,T,3C), which is then read in place:

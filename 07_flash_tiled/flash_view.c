@@ -135,14 +135,22 @@ void flash_attend_allowed(FlashBlock *const *block, int n)
 
 /* ---- All blocks of a problem ---- */
 
-/* As large as leaves a team for each thread. */
+static size_t blocks_of(size_t rows)
+{
+    return (rows + FLASH_ROWS - 1) / FLASH_ROWS;
+}
+
+/* As large as leaves each thread enough of them: then all threads are done at about the same time. */
 FlashTeams flash_teams(size_t heads, size_t rows)
 {
-    size_t blocks = (rows + FLASH_ROWS - 1) / FLASH_ROWS, wanted = heads * blocks / FLASH_THREADS;
+    enum { ENOUGH = 16 };
+    int threads = smaller(omp_get_max_threads(), FLASH_THREADS);
+    size_t blocks = blocks_of(rows), wanted = heads * blocks / (ENOUGH * threads);
     FlashTeams teams = {.rows = rows};
     teams.blocks = wanted < 1 ? 1 : wanted < FLASH_TEAM ? (int)wanted : FLASH_TEAM;
     teams.of_a_head = (blocks + teams.blocks - 1) / teams.blocks;
     teams.count = heads * teams.of_a_head;
+    teams.threads = teams.count < (size_t)threads ? larger(1, (int)teams.count) : threads;
     return teams;
 }
 
@@ -153,25 +161,16 @@ bool flash_rows_of(const FlashTeams *teams, size_t n, int i, size_t *first, size
     return i < teams->blocks && *first < teams->rows;
 }
 
-static int most_threads(const FlashTeams *teams)
-{
-    return teams->count < FLASH_THREADS ? larger(1, (int)teams->count) : FLASH_THREADS;
-}
-
-int flash_threads(const FlashTeams *teams)
-{
-    return smaller(omp_get_max_threads(), most_threads(teams));
-}
-
 size_t flash_next_team(const FlashTeams *teams, size_t n)
 {
-    size_t next = n + flash_threads(teams);
+    size_t next = n + teams->threads;
     return next < teams->count ? next : n;
 }
 
-size_t flash_team_scratch(const FlashTeams *teams, int head_size)
+size_t flash_team_scratch(size_t heads, size_t rows, int head_size)
 {
-    return most_threads(teams) * teams->blocks * flash_scratch(head_size);
+    size_t blocks = heads * blocks_of(rows), most = FLASH_THREADS * FLASH_TEAM;
+    return (blocks < most ? blocks : most) * flash_scratch(head_size);
 }
 
 float *flash_own_scratch(float *scratch, const FlashTeams *teams, int head_size, int i)
@@ -179,15 +178,9 @@ float *flash_own_scratch(float *scratch, const FlashTeams *teams, int head_size,
     return scratch + (omp_get_thread_num() * teams->blocks + i) * flash_scratch(head_size);
 }
 
-static FlashTeams teams_of(const AttentionShape *s)
-{
-    return flash_teams((size_t)s->batch * s->heads, s->tokens);
-}
-
 size_t flash_view_scratch(const AttentionShape *s)
 {
-    FlashTeams teams = teams_of(s);
-    return flash_team_scratch(&teams, s->head_size);
+    return flash_team_scratch((size_t)s->batch * s->heads, s->tokens, s->head_size);
 }
 
 /* Where query t of a head lies in a view, and where key t lies; heads are counted over all batch entries. */
@@ -232,8 +225,8 @@ bool flash_begin_in_view(FlashBlock *block, const FlashView *view, float *scratc
 
 void flash_attention(const FlashView *view, float *scratch, const AttentionShape *s)
 {
-    FlashTeams teams = teams_of(s);
-#pragma omp parallel for schedule(dynamic) num_threads(flash_threads(&teams))
+    FlashTeams teams = flash_teams((size_t)s->batch * s->heads, s->tokens);
+#pragma omp parallel for schedule(dynamic) num_threads(teams.threads)
     for (size_t n = 0; n < teams.count; n++) {
         FlashBlock block[FLASH_TEAM], *team[FLASH_TEAM];
         int blocks = 0;

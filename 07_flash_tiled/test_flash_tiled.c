@@ -222,7 +222,7 @@ Test(tiles, same_bits_for_any_number_of_threads)
 {
     static const char *const names[] = {"materialised", "tiled", "simd"};
     for (int i = 0; i < 3; i++) {
-        Example p = example(2, 3, 150, 150, 40);
+        Example p = example(2, 3, 700, 700, 40); /* so long that teams are of 4, 2 and 1 */
         p.s.causal = true;
         omp_set_num_threads(1);
         attend(&p, names[i]);
@@ -520,17 +520,20 @@ Test(steps, a_team_gives_what_each_block_alone_gives)
 
 Test(steps, teams_have_room_for_every_row_and_keep_to_their_scratch)
 {
-    for (size_t heads = 1; heads < 200; heads += 27)
-        for (size_t rows = 1; rows < 3000; rows += 77) {
-            FlashTeams teams = flash_teams(heads, rows);
-            size_t of_a_team = (size_t)teams.blocks * FLASH_ROWS;
-            cr_assert(teams.blocks >= 1 && teams.blocks <= FLASH_TEAM);
-            cr_assert(teams.count == heads * teams.of_a_head);
-            cr_assert(teams.of_a_head * of_a_team >= rows && (teams.of_a_head - 1) * of_a_team < rows);
-            int threads = flash_threads(&teams);
-            cr_assert(threads >= 1 && (size_t)threads <= teams.count);
-            cr_assert((size_t)threads * teams.blocks * flash_scratch(5) <= flash_team_scratch(&teams, 5));
-        }
+    for (int threads = 1; threads <= 2 * FLASH_THREADS; threads *= 2)
+        for (size_t heads = 1; heads < 200; heads += 27)
+            for (size_t rows = 1; rows < 3000; rows += 77) {
+                omp_set_num_threads(threads);
+                FlashTeams teams = flash_teams(heads, rows);
+                size_t of_a_team = (size_t)teams.blocks * FLASH_ROWS;
+                cr_assert(teams.blocks >= 1 && teams.blocks <= FLASH_TEAM);
+                cr_assert(teams.count == heads * teams.of_a_head);
+                cr_assert(teams.of_a_head * of_a_team >= rows && (teams.of_a_head - 1) * of_a_team < rows);
+                cr_assert(teams.threads >= 1 && teams.threads <= threads &&
+                          (size_t)teams.threads <= teams.count);
+                cr_assert((size_t)teams.threads * teams.blocks * flash_scratch(5) <=
+                          flash_team_scratch(heads, rows, 5));
+            }
 }
 
 /* ---- The modules ---- */

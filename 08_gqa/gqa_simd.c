@@ -13,15 +13,11 @@ static size_t rows_of_kv_head(const AttentionShape *s)
     return (size_t)s->tokens * (s->heads / s->kv_heads);
 }
 
-static FlashTeams teams_of(const AttentionShape *s)
-{
-    return flash_teams((size_t)s->batch * s->kv_heads, rows_of_kv_head(s));
-}
-
 size_t grouped_simd_scratch(const AttentionShape *s)
 {
-    FlashTeams teams = teams_of(s);
-    return split_keys_wins(s) ? split_keys_scratch(s) : flash_team_scratch(&teams, s->head_size);
+    if (split_keys_wins(s))
+        return split_keys_scratch(s);
+    return flash_team_scratch((size_t)s->batch * s->kv_heads, rows_of_kv_head(s), s->head_size);
 }
 
 /* The rows first .. past - 1 of a key/value head; these heads are counted over all batch entries. */
@@ -65,8 +61,8 @@ void attention_grouped_simd(float *out, float *lse, float *scratch, const float 
         attention_split_keys(out, lse, scratch, q, k, v, (size_t)s->key_tokens * s->head_size, s);
         return;
     }
-    FlashTeams teams = teams_of(s);
-#pragma omp parallel for schedule(dynamic) num_threads(flash_threads(&teams))
+    FlashTeams teams = flash_teams((size_t)s->batch * s->kv_heads, rows_of_kv_head(s));
+#pragma omp parallel for schedule(dynamic) num_threads(teams.threads)
     for (size_t n = 0; n < teams.count; n++) {
         FlashBlock block[FLASH_TEAM], *team[FLASH_TEAM];
         int blocks = 0;

@@ -68,7 +68,7 @@ static void attend_view(const FlashView *view, float *scratch, const BlockMask *
 {
     FlashTeams teams = flash_teams((size_t)s->batch * s->heads, s->tokens);
     int N = mask->block;
-#pragma omp parallel for schedule(dynamic) num_threads(flash_threads(&teams))
+#pragma omp parallel for schedule(dynamic) num_threads(teams.threads)
     for (size_t n = 0; n < teams.count; n++) {
         size_t head = n / teams.of_a_head;
         int b = (int)(head / s->heads), h = (int)(head % s->heads), pieces = 0;
