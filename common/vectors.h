@@ -155,8 +155,8 @@ INLINE Vector exp2_vector(Vector x)
     p += p * (f * (0.242840609f * f + 0.693116526f));
     return (Vector)_mm512_scalef_ps((__m512)p, (__m512)x); /* p 2^n; 0 for n = -inf, whatever p is */
 #else
-    /* The nearest integer n is what stays in the low bits when 1.5 * 2^23 leaves no room for a fraction; a minimax
-     * polynomial takes the rest, -1/2 .. 1/2. */
+    /* The nearest integer, here with the 127 of an exponent, is what stays in the low bits when 1.5 * 2^23 leaves no room for a
+     * fraction; a minimax polynomial takes the rest, -1/2 .. 1/2. */
     static const float term[] = {1.534581201e-4f,
                                  1.339993122e-3f,
                                  9.618488957e-3f,
@@ -164,11 +164,11 @@ INLINE Vector exp2_vector(Vector x)
                                  2.402264689e-1f,
                                  6.931472057e-1f,
                                  1.0f};
-    const float shift = 12582912.0f;
+    const float shift = 12582912.0f + 127;
     x = vector_min((Vector){0} + 127.0f, vector_max((Vector){0} - 127.0f, x));
-    Vector n = x + shift, f = x - (n - shift), p = (Vector){0} + term[0];
+    Vector exponent = x + shift, f = x - (exponent - shift), p = (Vector){0} + term[0];
     UNROLL for (int i = 1; i < 7; i++) p = p * f + term[i];
-    return p * (Vector)(((IntVector)n + 127) << 23);
+    return p * (Vector)((IntVector)exponent << 23);
 #endif
 }
 
