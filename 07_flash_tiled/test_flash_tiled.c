@@ -222,7 +222,7 @@ Test(tiles, same_bits_for_any_number_of_threads)
 {
     static const char *const names[] = {"materialised", "tiled", "simd"};
     for (int i = 0; i < 3; i++) {
-        Example p = example(2, 3, 700, 700, 40); /* so long that teams are of 4, 2 and 1 */
+        Example p = example(2, 3, 700, 700, 40); /* so long that teams differ with the threads */
         p.s.causal = true;
         omp_set_num_threads(1);
         attend(&p, names[i]);

@@ -249,7 +249,7 @@ Test(sharing, threads_give_the_same_bits_backwards)
 Test(sharing, threads_give_the_same_bits)
 {
     for (int kernel = 0; kernel < KERNELS; kernel++) {
-        Problem p = set_up(1, 6, 2, 400, 24); /* so long that teams are of 3 and 1 */
+        Problem p = set_up(1, 6, 2, 400, 24); /* so long that teams differ with the threads */
         size_t bytes = query_count(&p.s) * sizeof(float);
         float *alone = allocate_floats(query_count(&p.s));
         omp_set_num_threads(1);
