@@ -239,8 +239,8 @@ Test(traps, no_kernel_with_lists_holds_a_matrix)
 Test(traps, threads_give_the_same_bits)
 {
     for (int kernel = 0; kernel < kernels_here(); kernel++) {
-        Inputs p = set_up(shape_of("local-global:20:5", 340, 370, 16), 2, 3,
-                          24); /* so long that teams differ with the threads */
+        /* So long that teams differ with the threads. */
+        Inputs p = set_up(shape_of("local-global:20:5", 340, 370, 16), 2, 3, 24);
         size_t bytes = query_count(&p.s) * sizeof(float);
         float *alone = allocate_floats(query_count(&p.s));
         omp_set_num_threads(1);
